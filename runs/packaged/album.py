@@ -1,0 +1,77 @@
+"""Every picture of the training data as tower features, computed once: photos in four views, drawn pictures in one."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from runs.packaged import pictures
+
+Item = tuple[str, str, str]  # source, label or id, path
+
+
+def photos(data: Path) -> list[Item]:
+    """The photos of `data/train`: (source, label or id, path)."""
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (data / name).open()]
+
+    items = [("caltech101", row["label"], str(data / "caltech101" / row["image"])) for row in lines("caltech101/labels.jsonl")]
+    items += [("imagenet", row["label"], str(data / "imagenet_samples" / row["image"])) for row in lines("imagenet_samples/labels.jsonl")]
+    for folder in ("coco_mini_open", "coco_mini_research"):
+        items += [("coco", Path(row["image"]).stem.lstrip("0"), str(data / folder / row["image"])) for row in lines(f"{folder}/captions.jsonl")]
+    items += [("jailguard", str(row["id"]), str(data / "jailguard_benign" / row["image"])) for row in lines("jailguard_benign/questions.jsonl")]
+    return items
+
+
+class Album:
+    """Picture keys of the cases -> rows of one feature table (rows, views, 49, 1280)."""
+
+    def __init__(self, items: Sequence[Item], held_photos: Sequence[int] = ()):
+        self.items = list(items)
+        self.by_name: dict[str, list[int]] = {}
+        for index, (source, label, _) in enumerate(items):
+            self.by_name.setdefault(f"{source}:{label}", []).append(index)
+        self.drawn: dict[str, int] = {}
+
+    def row(self, key: str) -> int:
+        if key.startswith("photo "):
+            name, number = key[6:].rsplit(" ", 1)
+            found = self.by_name[name]
+            return found[int(number) % len(found)]
+        return self.drawn.setdefault(key, len(self.items) + len(self.drawn))
+
+    def words(self, key: str) -> str:
+        return "" if key.startswith("photo ") else " ".join(pictures.words(json.loads(key[6:])))
+
+    def open(self, row: int) -> Image.Image:
+        if row < len(self.items):
+            with Image.open(self.items[row][2]) as image:
+                return image.convert("RGB")
+        key = next(key for key, index in self.drawn.items() if index == row)
+        spec = json.loads(key[6:])
+        rng = random.Random(spec["seed"])
+        photo = None
+        if spec.get("photo") == "any":
+            photo = self.open(rng.randrange(len(self.items)))
+        elif spec.get("photo"):
+            photo = self.open(self.by_name[spec["photo"]][0])
+        return pictures.draw(spec, rng, photo)
+
+
+def read_as(words: str, rng: random.Random) -> str:
+    """Drawn words as a recogniser would return them: a lost blank here and there, a lost mark, a confused letter."""
+    made = []
+    for word in words.split():
+        if word in ("1.", "2.", "3.", "1)", "2)", "3)", "-") and rng.random() < 0.3:
+            continue
+        if rng.random() < 0.02 and len(word) > 3:
+            at = rng.randrange(len(word))
+            word = word[:at] + rng.choice("lIo0rnceat") + word[at + 1 :]
+        made.append(word + ("" if rng.random() < 0.06 else " "))
+    return "".join(made).strip()

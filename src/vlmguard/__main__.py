@@ -1,0 +1,5 @@
+"""`python -m vlmguard` is `vlmguard`."""
+
+from vlmguard.cli import main
+
+main()

@@ -1,0 +1,116 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from vlmguard import load
+from vlmguard.chat import Chat
+from vlmguard.errors import ConfigError, MissingExtra, ModelError
+from vlmguard.guards import GUARDS
+from vlmguard.vlms import VLMS
+from vlmguard.vlms.endpoint import Endpoint
+from vlmguard.vlms.local import Local
+from vlmguard.vlms.scripted import Scripted
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "my.py"
+    path.write_text(
+        "from dataclasses import dataclass\n"
+        "from vlmguard.vlms.scripted import Scripted\n"
+        "vlm = Scripted('an instance')\n"
+        "def made():\n    return Scripted('a function')\n"
+        "class Mine(Scripted):\n    def __init__(self):\n        super().__init__('a class')\n"
+        "@dataclass\nclass MyGuard:\n    vlm: object\n    strength: float = 1.0\n"
+        "number = 3\n"
+    )
+    return path
+
+
+def test_endpoint_specs() -> None:
+    made = load.vlm("https://host.example/v1#org/model")
+    assert isinstance(made, Endpoint)
+    assert made.name == "https://host.example/v1#org/model"
+
+
+async def test_scripted_specs() -> None:
+    made = load.vlm("scripted:I can't: sorry")
+    assert isinstance(made, Scripted)
+    assert (await made(Chat.of("hi"))).text == "I can't: sorry"
+
+
+@pytest.mark.parametrize(("name", "text"), [("vlm", "an instance"), ("made", "a function"), ("Mine", "a class")])
+async def test_a_file_of_ones_own(own: Path, name: str, text: str) -> None:
+    assert (await load.vlm(f"{own}:{name}")(Chat.of("hi"))).text == text
+
+
+def test_a_guard_of_ones_own(own: Path) -> None:
+    factory = load.guard(f"{own}:MyGuard")
+    assert factory(None).strength == 1.0  # type: ignore[attr-defined]
+    assert load.guard(f"{own}:MyGuard") is factory
+
+
+def test_a_folder_and_its_hf_spelling(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tiny.save("llava", tmp_path_factory.getbasetemp() / "tiny")
+    for spec in (str(folder), f"hf:{folder}"):
+        made = load.vlm(spec)
+        assert isinstance(made, Local)
+        assert made.name == "llava"
+    with pytest.raises(ModelError, match="adapter"):
+        load.vlm(f"hf:{folder}+{folder.parent / 'no-adapter'}")
+
+
+def test_a_module(monkeypatch: pytest.MonkeyPatch, own: Path) -> None:
+    monkeypatch.syspath_prepend(own.parent)
+    assert isinstance(load.vlm("my:vlm"), Scripted)
+    monkeypatch.delitem(sys.modules, "my")
+
+
+@pytest.mark.parametrize("spec", ["", "asistant", "scriptd:hi", "hf:", "no/such/folder", "file:x"])
+def test_no_such_form_lists_the_forms(spec: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load.vlm(spec)
+    for form in VLMS:
+        assert form in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("packaged:asistant", "did you mean assistant"),
+        ("packaged", "assistant, rewriter"),
+        ("http://127.0.0.1:8000/v1", "#MODEL"),
+        ("vlmguard.vlms.nothing:Name", "No module named"),
+        ("vlmguard.vlms.scripted:Scriptd", "did you mean Scripted"),
+        ("vlmguard.vlms.scripted:Scripted", "without arguments"),
+    ],
+)
+def test_wrong_specs_say_what_is_near(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load.vlm(spec)
+
+
+def test_wrong_files(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean my\.py"):
+        load.vlm(f"{tmp_path}/mi.py:vlm")
+    with pytest.raises(ConfigError, match="expected a VLM, got 'int'"):
+        load.vlm(f"{own}:number")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        load.vlm(f"{tmp_path}/broken.py:f")
+    (tmp_path / "torchless.py").write_text("raise ModuleNotFoundError('no torch', name='torch')\n")
+    with pytest.raises(MissingExtra, match=r"vlmguard-r1\[local\]"):
+        load.vlm(f"{tmp_path}/torchless.py:f")
+
+
+def test_unknown_guards_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean vlmguard-r1") as caught:
+        load.guard("vlmguard-r2")
+    assert all(name in str(caught.value) for name in GUARDS)
+
+
+def test_every_form_is_explained() -> None:
+    assert all(form and what and not what.endswith(".") for form, what in VLMS.items())
+    assert all(":" in where for where in GUARDS.values())
