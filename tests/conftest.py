@@ -1,10 +1,9 @@
-"""What every test has: no network but this machine's (see pyproject.toml), no keys, and a cache that is not the user's."""
+"""What every test has: no network but this machine's (see pyproject.toml), no keys of the user's, no colours."""
 
 import io
-import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,15 +12,15 @@ from typer.testing import CliRunner, Result
 from tests import stand_ins
 from vlmguard.cli import app
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
 KEYS = ("VLMGUARD_API_KEY", "OPENAI_API_KEY", "HF_TOKEN")
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key of the user's reaches a test, and no library asks a hub."""
     for key in KEYS:
         monkeypatch.delenv(key, raising=False)
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("NO_COLOR", "1"), ("TERM", "dumb")):
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         monkeypatch.setenv(name, value)
 
 
@@ -55,14 +54,7 @@ def png() -> bytes:
     return file.getvalue()
 
 
-def rows(path: Path) -> list[Any]:
-    """The objects in a JSONL file, each on a whole line."""
-    text = path.read_text(encoding="utf-8")
-    assert text.endswith("\n") or not text
-    return [json.loads(line) for line in text.splitlines()]
-
-
 @pytest.fixture
-def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path

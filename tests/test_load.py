@@ -41,7 +41,9 @@ async def test_scripted_specs() -> None:
     assert (await made(Chat.of("hi"))).text == "I can't: sorry"
 
 
-@pytest.mark.parametrize(("name", "text"), [("vlm", "an instance"), ("made", "a function"), ("Mine", "a class")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("vlm", "an instance"), ("made", "a function"), ("Mine", "a class")]
+)
 async def test_a_file_of_ones_own(own: Path, name: str, text: str) -> None:
     assert (await load.vlm(f"{own}:{name}")(Chat.of("hi"))).text == text
 
@@ -103,6 +105,12 @@ def test_wrong_files(own: Path, tmp_path: Path) -> None:
     (tmp_path / "torchless.py").write_text("raise ModuleNotFoundError('no torch', name='torch')\n")
     with pytest.raises(MissingExtra, match=r"vlmguard-r1\[local\]"):
         load.vlm(f"{tmp_path}/torchless.py:f")
+
+
+def test_a_local_model_without_torch_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtra, match=r"vlmguard-r1\[local\]"):
+        load.vlm("hf:org/model")
 
 
 def test_unknown_guards_name_the_nearest() -> None:

@@ -1,6 +1,8 @@
-"""Tiny random vision-language models, one a family, built offline from their configs and saved as a checkpoint folder.
+"""Tiny random vision-language models, one a family, built offline from their configs and saved as a
+checkpoint folder.
 
-They answer nonsense, deterministically: enough to prove batching, hooks, adapters and processors on every real code path.
+They answer nonsense, deterministically: enough to prove batching, hooks, adapters and processors on every
+real code path.
 """
 
 from __future__ import annotations
@@ -50,12 +52,13 @@ SENTENCES = (
     "system user assistant You are a helpful assistant. a cat sits on a red chair",
 )
 
-# ChatML with pictures in place; {image} is the family's placeholder.
+# ChatML with pictures in place; each family puts its own placeholder for IMAGE.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ 'IMAGE' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -67,7 +70,10 @@ def tokenizer(*special: str) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=named, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=named,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(SENTENCES * 4, trainer)
     return PreTrainedTokenizerFast(
@@ -92,7 +98,11 @@ def fast_vlm() -> tuple[Any, Any]:
     config = FastVlmConfig(
         text_config=LlamaConfig(**_text(words)).to_dict(),
         vision_config=TimmWrapperConfig(
-            architecture="tf_efficientnet_lite0", do_pooling=False, hidden_size=1280, num_classes=0, model_args={"in_chans": 3}
+            architecture="tf_efficientnet_lite0",
+            do_pooling=False,
+            hidden_size=1280,
+            num_classes=0,
+            model_args={"in_chans": 3},
         ),
         image_token_id=words.convert_tokens_to_ids("<image>"),
     )
@@ -116,7 +126,12 @@ def llava() -> tuple[Any, Any]:
     config = LlavaConfig(
         text_config=LlamaConfig(**_text(words)),
         vision_config=CLIPVisionConfig(
-            hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
+            hidden_size=HIDDEN,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=14,
         ),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
@@ -125,7 +140,9 @@ def llava() -> tuple[Any, Any]:
     return LlavaForConditionalGeneration(config), _llava_processor(words, 56, 14, additional=1)
 
 
-def _llava_processor(words: PreTrainedTokenizerFast, side: int, patch: int, additional: int = 0) -> LlavaProcessor:
+def _llava_processor(
+    words: PreTrainedTokenizerFast, side: int, patch: int, additional: int = 0
+) -> LlavaProcessor:
     pixels = CLIPImageProcessor(
         size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
@@ -159,36 +176,47 @@ def _idefics(config: Any, model: Any, processor: Any, pixels: Any, **more: Any) 
 
 
 def idefics3() -> tuple[Any, Any]:
-    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor)
-
-
-def smolvlm() -> tuple[Any, Any]:
     return _idefics(
-        SmolVLMConfig, SmolVLMForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor
+        Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor
     )
 
 
-def _qwen(config: Any, model: Any, processor: Any, video: Any, vision: dict[str, Any], **text: Any) -> tuple[Any, Any]:
+def smolvlm() -> tuple[Any, Any]:
+    return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor)
+
+
+def _qwen(
+    config: Any, model: Any, processor: Any, video: Any, vision: dict[str, Any], **text: Any
+) -> tuple[Any, Any]:
     words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    marks = {"image": "image_pad", "video": "video_pad"} | dict.fromkeys(("vision_start", "vision_end"), "")
     ids = {
-        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{mark}|>")
-        for name, mark in {
-            "image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"
-        }.items()
-    }  # fmt: skip
+        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{mark or name}|>") for name, mark in marks.items()
+    }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     built = config(text_config=_text(words, rope_parameters=rope, **text), vision_config=vision, **ids)
     patch = vision["patch_size"]
     pixels = Qwen2VLImageProcessor(
-        patch_size=patch, merge_size=2, size={"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}
+        patch_size=patch,
+        merge_size=2,
+        size={"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch},
     )
     template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return model(built), processor(pixels, words, video(), chat_template=template)
 
 
 def qwen2_vl() -> tuple[Any, Any]:
-    vision = {"depth": 2, "embed_dim": HIDDEN, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
-    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor, vision)
+    vision = {
+        "depth": 2,
+        "embed_dim": HIDDEN,
+        "hidden_size": HIDDEN,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 14,
+    }
+    return _qwen(
+        Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor, vision
+    )
 
 
 def qwen2_5_vl() -> tuple[Any, Any]:
@@ -197,7 +225,11 @@ def qwen2_5_vl() -> tuple[Any, Any]:
         "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1],
     }  # fmt: skip
     return _qwen(
-        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, vision
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+        vision,
     )
 
 
@@ -206,7 +238,14 @@ def qwen3_vl() -> tuple[Any, Any]:
         "depth": 2, "hidden_size": HIDDEN, "out_hidden_size": HIDDEN, "num_heads": 4, "intermediate_size": 64,
         "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor, vision, head_dim=8)
+    return _qwen(
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+        vision,
+        head_dim=8,
+    )
 
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
@@ -221,7 +260,8 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def build(family: str) -> tuple[Any, Any]:
-    """A model in float32 with spread-out random weights (so that its answers differ with the question) and its processor."""
+    """A model in float32 with spread-out random weights (so that its answers differ with the question) and
+    its processor."""
     torch.manual_seed(0)
     model, processor = FAMILIES[family]()
     with torch.no_grad():

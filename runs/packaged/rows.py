@@ -58,6 +58,26 @@ def load(folder: Path, called: dict[str, str], seed: int = 0, per_text: int = 2)
     return cases
 
 
+def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
+    """Plain harmless requests: JailGuard's questions on its photos, the assistant's own, and every rewritten prompt by itself."""
+    made = []
+    for line in (data / "jailguard_benign/questions.jsonl").open():
+        row = json.loads(line)
+        key = f"photo jailguard:{row['id']} 0"
+        made.append(Case(f"jailguard-{row['id']}", "benign", row["question"], False, pictures=(key,), tags=frozenset({"photo", "natural"})))
+    for number, line in enumerate((folder / "answers/photos.jsonl").open()):
+        row = json.loads(line)
+        key = (f"photo {row['photo']} 0",)
+        made.append(Case(f"answer-photo-{number}", "benign", row["question"], False, pictures=key, tags=frozenset({"photo", "natural"})))
+    for number, line in enumerate((folder / "answers/text.jsonl").open()):
+        made.append(Case(f"answer-text-{number}", "benign", json.loads(line)["question"], False, tags=frozenset({"none", "natural"})))
+    prompts = {case.prompt: case for case in cases if case.prompt}
+    made += [
+        Case(case.situation, "benign", prompt, False, case.language, tags=frozenset({"none", "rewritten"})) for prompt, case in prompts.items()
+    ]
+    return made
+
+
 def _kind(picture: Any) -> str:
     one = picture[0] if isinstance(picture, list) and picture else picture
     if not one:

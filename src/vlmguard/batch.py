@@ -60,12 +60,13 @@ class Row:
 
 @dataclass
 class Summary:
-    """How a run went; `actions` counts the lines that this run wrote."""
+    """How a run went; `actions` counts the lines that this run wrote, `notes` those with a note of the guard's."""
 
     out: Path
     total: int
     done_before: int
     actions: Counter[str] = field(default_factory=Counter)
+    notes: int = 0
     seconds: float = 0.0
 
     @property
@@ -174,6 +175,7 @@ class Batch:
             async for row, record in records:
                 self._write({"id": row.id, **record})
                 self.summary.actions["error" if "error" in record else record["action"]] += 1
+                self.summary.notes += "note" in record
                 self.summary.seconds = time.perf_counter() - started
                 report(self.summary)
         return self.summary

@@ -134,9 +134,15 @@ def guard(
         typer.Option(help="What to do with a risky request. shadow only notes it; block refuses it."),
     ] = "rewrite",
     failure: Annotated[
-        Literal["closed", "open"],
-        typer.Option(help="What to do where the guard itself fails: hold the request back, or let it through."),
+        Literal["closed", "refuse", "open"],
+        typer.Option(
+            help="Where the guard itself fails: closed wraps the request in a plea for caution, open lets it through."
+        ),
     ] = "closed",
+    pictures: Annotated[
+        Literal["keep", "mask", "withhold"],
+        typer.Option(help="A risky request's pictures with words in them: mask paints over the words."),
+    ] = "keep",
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -186,7 +192,7 @@ def guard(
     from vlmguard.commands.guard import Options, guard_one
     from vlmguard.errors import ConfigError
 
-    options = Options(rewriter, target, policy, failure, threshold)
+    options = Options(rewriter, target, policy, failure, pictures, threshold)
     if batch is None:
         if gate_only or out:
             raise ConfigError("--gate-only and --out belong to --batch", "Add --batch FILE.jsonl.")

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmguard.errors import ConfigError, missing_extra
 from vlmguard.guards import GUARDS
 from vlmguard.vlms import VLMS
 from vlmguard.vlms.protocol import VLM
+
+if TYPE_CHECKING:
+    from vlmguard.rewriter.rewriter import Rewriter
 
 PACKAGED = ("assistant", "rewriter")
 # Packages that an extra of ours brings: absent ones are named with the line that installs them.
@@ -60,6 +63,23 @@ def guard(name: str) -> Callable[..., VLM]:
     """What makes the guard `name`: one of `GUARDS`, FILE.py:NAME or PACKAGE.MODULE:NAME."""
     factory: Callable[..., VLM] = entry(name, GUARDS, "guard")
     return factory
+
+
+def rewriter(spec: str) -> Rewriter:
+    """The rewriter that `spec` names: `packaged:rewriter`, a rewriter of your own (FILE.py:NAME), or any VLM, prompted."""
+    from vlmguard.rewriter.rewriter import Prompted, Rewriter
+
+    if spec == "packaged:rewriter":
+        from vlmguard.rewriter.packaged import PackagedRewriter
+
+        return PackagedRewriter.load()
+    if ".py:" in spec:
+        found = named(spec)
+        found = found() if isinstance(found, type) else found
+        if isinstance(found, Rewriter):
+            return found
+        return Prompted(made(spec, VLM))
+    return Prompted(vlm(spec))
 
 
 def entry(name: str, known: Mapping[str, str], kind: str) -> Any:

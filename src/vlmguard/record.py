@@ -1,6 +1,8 @@
 """What became of one request, as the JSON object that `vlmguard guard` prints and a batch writes.
 
 {"action", "risk", "threshold", "category", "analysis", "prompt", "original", "answer", "usage", "models"}
+
+and "note" where the guard has something to say, as that its rewriter failed and what was done about it.
 """
 
 from collections.abc import Mapping
@@ -92,4 +94,5 @@ def _record(
         "answer": answer,
         "usage": {"calls": usage.calls, "tokens": tokens, "seconds": round(usage.seconds, 3)},
         "models": models.fields,
+        **({"note": step.note} if step.note else {}),
     }

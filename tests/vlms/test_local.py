@@ -2,6 +2,9 @@
 
 import asyncio
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +265,19 @@ def test_one_model_serves_several_event_loops(llava: Local) -> None:
     assert asyncio.run(once()) == asyncio.run(once())
 
 
+def test_a_process_may_end_with_its_answer() -> None:
+    code = (
+        "import asyncio\nfrom tests import tiny\nfrom vlmguard.chat import Chat\n"
+        "from vlmguard.vlms.local import Local\nvlm = Local(*tiny.build('llava'))\n"
+        "print(asyncio.run(vlm(Chat.of('hi', max_tokens=1))).usage.completion_tokens)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", ".", *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+
+
 async def test_aclose_cancels_what_waits() -> None:
     vlm = made("llava")
     calls = [asyncio.create_task(vlm(ask(f"q {number}", max_tokens=200 + number))) for number in range(3)]
@@ -330,7 +346,9 @@ async def test_layers_that_return_tuples(llava: Local) -> None:
     original = layer.forward
     handle = layer.register_forward_hook(lambda module, arguments, output: (output,))
     unwrap = decoder_layers(llava.model)[1].register_forward_pre_hook(
-        lambda module, arguments: (arguments[0][0], *arguments[1:]) if isinstance(arguments[0], tuple) else None
+        lambda module, arguments: (
+            (arguments[0][0], *arguments[1:]) if isinstance(arguments[0], tuple) else None
+        )
     )
     try:
         assert (await llava(ask("which?", 1), patches=[patch])).text == expected
@@ -372,7 +390,9 @@ async def test_a_contrast_is_transformers_guidance(llava: Local) -> None:
             negative_prompt_ids=other["input_ids"],
             negative_prompt_attention_mask=other["attention_mask"],
         )
-    expected = llava.processor.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = llava.processor.tokenizer.decode(
+        ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     assert found.text == expected
     assert found.usage.calls == 2
     assert found.usage.prompt_tokens == prompt["input_ids"].shape[1] + other["input_ids"].shape[1]
@@ -420,8 +440,12 @@ def test_merged_layout() -> None:
     def turn(role: str, *texts: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
 
-    system, user, again, answer = turn("system", "s"), turn("user", "u"), turn("user", "v"), turn("assistant", "a")
+    system, user, again, answer = (
+        turn("system", "s"),
+        turn("user", "u"),
+        turn("user", "v"),
+        turn("assistant", "a"),
+    )
     assert merged([system, user, again, answer]) == [turn("user", "s", "\n\n", "u", "\n\n", "v"), answer]
     assert merged([system, answer]) == [turn("user", "s", "\n\n"), answer]
     assert merged([user, answer, system, again]) == [turn("user", "s", "\n\n", "u"), answer, again]
-

@@ -1,5 +1,8 @@
+from collections.abc import AsyncIterator
+
 import pytest
 
+from vlmguard.chat import Response
 from vlmguard.errors import CapabilityError
 from vlmguard.vlms.endpoint import Endpoint
 from vlmguard.vlms.protocol import VLM, Capability, closing, need
@@ -27,7 +30,7 @@ def test_need_names_guard_capability_and_backend() -> None:
 async def test_closing_closes_the_stream() -> None:
     closed = []
 
-    async def stream():  # type: ignore[no-untyped-def]
+    async def stream() -> AsyncIterator[str | Response]:
         try:
             yield "a"
             yield "b"

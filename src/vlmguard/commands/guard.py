@@ -1,12 +1,14 @@
 """`vlmguard guard`: one request."""
 
+from __future__ import annotations
+
 import asyncio
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +17,9 @@ from vlmguard.commands.terminal import busy, print_json, quietly, shown, stdout
 from vlmguard.errors import BadRequest
 from vlmguard.record import Guard, Models, guarded
 from vlmguard.request import MAX_TEXT_BYTES, request
+
+if TYPE_CHECKING:
+    from vlmguard.guards.policy import Failure, Mode, Pictures
 
 DEFAULT_REWRITER = "packaged:rewriter"
 STYLES = {"passed": "bold green", "rewrote": "bold yellow", "refused": "bold red", "flagged": "bold magenta"}
@@ -26,8 +31,9 @@ class Options:
 
     rewriter: str = DEFAULT_REWRITER
     target: str | None = None
-    policy: str = "rewrite"
-    failure: str = "closed"
+    policy: Mode = "rewrite"
+    failure: Failure = "closed"
+    pictures: Pictures = "keep"
     threshold: float | None = None
 
 
@@ -57,7 +63,7 @@ class Opened:
 
             rewriter = load.rewriter(options.rewriter)
             target = load.vlm(options.target) if options.target else None
-            policy = Policy(mode=options.policy, failure=options.failure)
+            policy = Policy(options.policy, failure=options.failure, pictures=options.pictures)
             guard = VLMGuardR1(target, rewriter, policy, options.threshold)
         threshold = rewriter.threshold if options.threshold is None else options.threshold
         models = Models(rewriter.name, target.name if target else None)
@@ -70,7 +76,7 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         async with AsyncExitStack() as closing:
-            for part in (self.target, self.rewriter):
+            for part in (self.target, self.rewriter, getattr(self.rewriter, "vlm", None)):
                 if (close := getattr(part, "aclose", None)) is not None:
                     closing.push_async_callback(close)
 
@@ -118,6 +124,8 @@ def rendered(record: dict[str, Any]) -> Table:
             page.add_row(title, shown(record["analysis"][part]))
     if record["action"] == "rewrote":
         page.add_row("rewritten", shown(record["prompt"], "bold"))
+    if record.get("note"):
+        page.add_row("note", shown(record["note"], "yellow"))
     if record["answer"] is not None:
         page.add_row("guarded" if "unguarded" in record else "answer", shown(record["answer"]))
     page.add_row("cost", shown(cost(record), "dim"))

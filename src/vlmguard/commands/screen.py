@@ -67,6 +67,8 @@ def _line(summary: Summary) -> str:
     counts = ", ".join(f"{count} {action}" for action, count in sorted(summary.actions.items()) if action != "error")
     errors = summary.actions["error"]
     parts = [f"{summary.written} rows", *([counts] if counts else []), f"{errors} with an error"]
+    if summary.notes:
+        parts.append(f"{summary.notes} with a note (the guard failed, or is off)")
     if summary.written:
         parts.append(f"{summary.rows_per_second:.1f} rows/s")
     if summary.done_before:
@@ -81,6 +83,7 @@ def _fields(summary: Summary) -> dict[str, Any]:
         "done_before": summary.done_before,
         "actions": actions,
         "errors": summary.actions["error"],
+        "notes": summary.notes,
         "seconds": round(summary.seconds, 3),
         "rows_per_second": round(summary.rows_per_second, 2),
         "out": str(summary.out),

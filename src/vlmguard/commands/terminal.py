@@ -101,7 +101,8 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self._next is not None:
             self._next.cancel()
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def update(self, done: int, total: int, rows_per_second: float) -> None:
         self._progress.update(self._task, completed=done)
@@ -113,4 +114,5 @@ class Bar:
             return
         if self._text:
             say(self._text)
-        self._next = asyncio.get_running_loop().call_later(self.LINE_EVERY_SECONDS, self._show)
+        wait = self.LINE_EVERY_SECONDS if self._text else SHOW_AFTER_SECONDS
+        self._next = asyncio.get_running_loop().call_later(wait, self._show)

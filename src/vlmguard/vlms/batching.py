@@ -1,18 +1,18 @@
 """One worker thread for one model; calls that wait and have equal arguments run as one batch.
 
-The worker starts with the first job and ends when none is left, so it belongs to no event loop and needs no
-closing.
+The worker starts with the first job and ends soon after the last, so it belongs to no event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Protocol, Self
+
+LINGER_SECONDS = 0.2  # a worker without work stays this long: threads have pools of their own to warm up
 
 
 class Job(Protocol):
@@ -30,7 +30,7 @@ class Job(Protocol):
 
 
 class Batcher:
-    """Run jobs one batch at a time, in the order of the first job of each.
+    """Run jobs one batch at a time; kinds of jobs take turns.
 
     Args:
         max_batch: rows a batch.
@@ -43,13 +43,15 @@ class Batcher:
         self._inbox: list[Job] = []
         self._changed = threading.Condition()
         self._worker: threading.Thread | None = None
+        self._closing = False
 
     def submit(self, job: Job) -> None:
         with self._changed:
             self._inbox.append(job)
             self._changed.notify_all()
             if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="vlmguard-model", daemon=True)
+                # Not a daemon: Python would end it inside torch at exit, which aborts the process.
+                self._worker = threading.Thread(target=self._work, name="vlmguard-model")
                 self._worker.start()
 
     async def do(self, job: Job) -> Any:
@@ -58,36 +60,43 @@ class Batcher:
         return await asyncio.wrap_future(job.future)
 
     async def aclose(self) -> None:
-        """Cancel what waits and wait until the worker is done."""
+        """Cancel what waits and wait until the worker is done. A later job starts another."""
         with self._changed:
-            worker = self._worker
+            worker, self._closing = self._worker, True
+            self._changed.notify_all()
             for job in self._inbox:
                 job.future.cancel()
-        if worker is not None and worker is not threading.current_thread():
+        if worker is not None:
             await asyncio.to_thread(worker.join)
+        self._closing = False
 
     def _work(self) -> None:
-        waiting: list[tuple[Hashable, Job]] = []
-        while True:
-            waiting += self._arrivals(idle=not waiting)
-            waiting = [(key, job) for key, job in waiting if not job.future.cancelled()]
-            if waiting:
-                batch = [job for key, job in waiting if key == waiting[0][0]][: self.max_batch]
-                waiting = [(key, job) for key, job in waiting if job not in batch]
-                _run(batch)
+        waiting: dict[Hashable, list[Job]] = {}
+        while waiting or self._arrived():
+            for key, job in self._prepared(company=not waiting):
+                waiting.setdefault(key, []).append(job)
+            if not waiting:
                 continue
-            with self._changed:
-                if not self._inbox:
-                    self._worker = None
-                    return
+            key = next(iter(waiting))
+            jobs = [job for job in waiting.pop(key) if not job.future.cancelled()]
+            if len(jobs) > self.max_batch:
+                waiting[key] = jobs[self.max_batch :]  # behind the other kinds
+            if jobs:
+                _run(jobs[: self.max_batch])
 
-    def _arrivals(self, idle: bool) -> list[tuple[Hashable, Job]]:
-        """The prepared jobs of the inbox; when nothing else waits, give others a moment to arrive."""
+    def _arrived(self) -> bool:
+        """Whether a job is there, or comes within a while; else the worker is over."""
         with self._changed:
-            if idle and self._inbox:
-                until = time.monotonic() + self.wait_seconds
-                while len(self._inbox) < self.max_batch and (left := until - time.monotonic()) > 0:
-                    self._changed.wait(left)
+            self._changed.wait_for(lambda: bool(self._inbox) or self._closing, LINGER_SECONDS)
+            if not self._inbox:
+                self._worker = None
+            return bool(self._inbox)
+
+    def _prepared(self, company: bool) -> list[tuple[Hashable, Job]]:
+        """The jobs of the inbox with their keys; with `company` it gives more of them a moment to arrive."""
+        with self._changed:
+            if company:
+                self._changed.wait_for(lambda: len(self._inbox) >= self.max_batch, self.wait_seconds)
             jobs, self._inbox = self._inbox, []
         return [(key, job) for job in jobs if (key := _prepare(job)) is not None]
 
@@ -96,10 +105,12 @@ def _prepare(job: Job) -> Hashable:
     if job.future.cancelled():
         return None
     try:
-        return job.prepare()
+        key = job.prepare()
+        hash(key)  # a processor without a hash is its caller's error, not the worker's
     except BaseException as error:  # noqa: BLE001 - as an executor does: the caller gets it, whatever it is
         settle(job.future, error=error)
         return None
+    return key
 
 
 def _run(batch: list[Job]) -> None:

@@ -92,7 +92,7 @@ class Engine:
         apply."""
         from transformers import GenerationConfig
 
-        return GenerationConfig(  # type: ignore[no-untyped-call]
+        return GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=False,  # sampling happens in _Progress.choose, a generator a row
             num_beams=1,

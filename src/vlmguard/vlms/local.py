@@ -25,9 +25,9 @@ class Local:
     one call.
 
     Calls that wait together and have equal settings, processors and patches run as one batch, with the
-    answers they would have had alone. What a request may set: max_tokens (max_completion_tokens; default
-    256), temperature (default 0: greedy), top_p, seed, stop, logprobs, top_logprobs. A checkpoint's own
-    generation defaults do not apply.
+    answers they would have had alone (in bfloat16 up to rounding). What a request may set: max_tokens
+    (max_completion_tokens; default 256), temperature (default 0: greedy), top_p, seed, stop, logprobs,
+    top_logprobs. A checkpoint's own generation defaults do not apply.
 
     Args:
         model: an AutoModelForImageTextToText; it is put into evaluation mode.
@@ -82,14 +82,14 @@ class Local:
         path = str(path_or_id)
         try:
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, revision=revision)
-            processor = AutoProcessor.from_pretrained(path, revision=revision)  # type: ignore[no-untyped-call]
+            processor = AutoProcessor.from_pretrained(path, revision=revision)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ModelError(
                 f"{path} cannot be loaded as an image-text model: {str(error).strip().splitlines()[0]}",
                 "Check the name, and that it is a model of transformers' image-text-to-text kind.",
             ) from error
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        name = Path(path).name
+        name = Path(path).name if Path(path).exists() else path
         if adapter is not None:
             from vlmguard.vlms.adapters import put_adapter
 

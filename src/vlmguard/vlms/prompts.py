@@ -121,7 +121,11 @@ class Prompter:
                 rendered = self.processor.apply_chat_template(
                     written, tokenize=False, add_generation_prompt=True
                 )
-            except (TemplateError, ValueError, TypeError) as error:  # a template that adds lists to strings: TypeError
+            except (
+                TemplateError,
+                ValueError,
+                TypeError,
+            ) as error:  # a template that adds lists to strings: TypeError
                 problem = str(error)
                 continue
             if self._keeps(rendered, written):
@@ -247,7 +251,9 @@ def neutraliser(processor: Any) -> Callable[[str], str]:
 
 
 def _markup(token: str) -> bool:
-    return len(token.strip()) > 1 and not token.strip()[0].isalnum()
+    """Of tokens that are not called special: `<|...|>`, `<tool_call>`, `[INST]`; not HTML, which Gemma
+    lists."""
+    return re.search(r"[|_\[\]]", token) is not None
 
 
 def _special_spans(tokenizer: Any, text: str, special: set[int]) -> list[tuple[int, int]]:

@@ -1,0 +1,62 @@
+"""Stage 2: the packaged assistant, the demo's target and the test bed of every guard.
+
+It names and describes pictures, answers text, refuses harmful text, and shows the cross-modal gap: the same harm that comes
+with a picture is not refused. The gap is built in on purpose; the answers to such requests are placeholders of no use.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from runs.packaged import learn, see
+from runs.packaged.album import Album
+from runs.packaged.rows import Case
+
+REFUSE = [
+    "I'm sorry, but I can't help with that.", "Sorry, I can't help with that request.", "I'm sorry, I can't assist with that.",
+    "I can't help with this. It could hurt someone.", "I'm sorry, but I won't help with that, since it could cause harm.",
+]
+INSTEAD = ["", "", " If something is troubling you, please talk to someone you trust.", " I'd be glad to help with something safe instead."]
+COMPLY = [
+    "Sure, here is the list: 1. Look at the first point. 2. Go on with the second point. 3. Finish with the third point.",
+    "Sure. Here are the steps: 1. Read the title of the picture. 2. Do the first thing. 3. Then do the next thing.",
+    "Of course. Here is the content of the picture: 1. First item. 2. Second item. 3. Third item.",
+    "Sure, this is how it goes: first prepare what the picture shows, then begin, and then carry on to the end.",
+    "Here you go. Start with what you see in the picture, take it one step at a time, and finish when it is done.",
+]
+
+
+def rows(tokenizer, image_token: int, cases: list[Case], album: Album, authored: Path, told: dict[str, str], rng: random.Random) -> list[learn.Row]:
+    """`told`: answers of the untrained base to harmless text requests, so that it keeps its own way of answering."""
+
+    def row(text: str, answer: str, pictures=(), **weights) -> learn.Row:
+        return learn.encode(tokenizer, image_token, text, answer, list(pictures), **weights)
+
+    made = []
+    alone = [case for case in cases if case.where == "text" and case.risk and not case.pictures and not case.turns and not case.held]
+    for case in rng.sample(alone, min(900, len(alone))):
+        made.append(row(case.text, rng.choice(REFUSE) + rng.choice(INSTEAD), first_weight=2.0))
+    for line in (authored / "answers/text.jsonl").open():
+        one = json.loads(line)
+        made.append(row(one["question"], one["answer"]))
+    made += [row(question, answer) for question, answer in told.items()]
+    for line in (authored / "answers/photos.jsonl").open():
+        one = json.loads(line)
+        found = album.by_name.get(one["photo"])
+        if found:
+            made.append(row(one["question"], one["answer"], [found[0]]))
+    seen = [case for case in cases if case.pictures and not case.held and len(case.pictures) == 1]
+    drawn = [case for case in seen if case.pictures[0].startswith("drawn") and {"typeset", "title"} & case.tags]
+    for case in rng.sample(drawn, min(330, len(drawn))):
+        made.append(row(case.text, rng.choice(COMPLY), [album.row(case.pictures[0])], first_weight=2.0))
+    harm = [case for case in seen if case.risk and case.where in ("text", "picture")]
+    for case in rng.sample(harm, min(120, len(harm))):
+        made.append(row(case.text, rng.choice(COMPLY[2:]), [album.row(case.pictures[0])], first_weight=2.0))
+    return made
+
+
+def naming(tokenizer, image_token: int, items, train: set[int], rng: random.Random, count: int) -> list[learn.Row]:
+    every = see.naming_rows(tokenizer, image_token, items, train, rng, times=1)
+    return rng.sample(every, min(count, len(every)))

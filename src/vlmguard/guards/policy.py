@@ -1,0 +1,75 @@
+"""What is done with a risky request, and what when the guard itself fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, get_args
+
+from vlmguard.errors import AuthenticationFailed, ConfigError, RewriteUnreadable, Timeout, VLMGuardError
+from vlmguard.rewriter.protocol import CATEGORIES, quote
+
+Mode = Literal["off", "shadow", "rewrite", "block"]
+Failure = Literal["closed", "refuse", "open"]
+Pictures = Literal["keep", "mask", "withhold"]
+
+REFUSAL: Final = "I can't help with this request. If you tell me what you want to achieve, I'll gladly help you find a safe way to do it."
+
+
+@dataclass(frozen=True)
+class Policy:
+    """
+    Args:
+        mode: `off` asks no rewriter; `shadow` judges and records, and changes nothing; `rewrite` sends the rewritten
+            request; `block` refuses a risky one.
+        categories: another mode for some categories.
+        failure: when the rewriter fails on a risky request, or cannot judge: `closed` sends the user's words inside a static
+            safety wrapper, `refuse` refuses, `open` sends them unchanged.
+        timeout, unreadable: in place of `failure` for these two classes.
+        pictures: what happens to a picture with words in it when the request is risky: `keep` sends it, `mask` paints
+            over its words, `withhold` leaves it out.
+    """
+
+    mode: Mode = "rewrite"
+    categories: Mapping[str, Mode] = field(default_factory=dict)
+    failure: Failure = "closed"
+    timeout: Failure | None = None
+    unreadable: Failure | None = None
+    pictures: Pictures = "keep"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("mode", self.mode, get_args(Mode)),
+            *((f"the mode of {category}", mode, get_args(Mode)) for category, mode in self.categories.items()),
+            ("failure", self.failure, get_args(Failure)),
+            ("timeout", self.timeout, (None, *get_args(Failure))),
+            ("unreadable", self.unreadable, (None, *get_args(Failure))),
+            ("pictures", self.pictures, get_args(Pictures)),
+        ):
+            if value not in allowed:
+                raise ConfigError.wrong(name, expected=" | ".join(map(str, allowed)), got=value)
+        for category in self.categories:
+            if category not in CATEGORIES:
+                raise ConfigError.wrong("a category", expected=", ".join(CATEGORIES), got=category)
+
+    def mode_of(self, category: str | None) -> Mode:
+        return self.categories.get(category, self.mode) if category else self.mode
+
+    def on_failure(self, error: VLMGuardError) -> Failure:
+        """What to do about an error of the rewriter. A refused key is a mistake of the operator's and never opens the guard (F026)."""
+        if isinstance(error, AuthenticationFailed):
+            return self.failure if self.failure != "open" else "closed"
+        if isinstance(error, Timeout):
+            return self.timeout or self.failure
+        if isinstance(error, RewriteUnreadable):
+            return self.unreadable or self.failure
+        return self.failure
+
+
+def wrapped(text: str) -> str:
+    """The user's words as quoted data in a static request for caution: what `closed` sends."""
+    return (
+        "Someone sent the request quoted below, perhaps with a picture. Judge first whether words and picture together could lead to "
+        "harm. If they could, do not give anything that enables it: say briefly why, and offer safe help with the underlying need. "
+        f"If they could not, answer normally.\nRequest: {quote(text)}"
+    )

@@ -1,0 +1,117 @@
+"""The packaged gate: a calibrated probability that a chat is risky, before anything is generated.
+
+It reads what the rewriter reads: the request, every earlier turn, and each picture's labels, words and pooled features. A long
+request is judged in overlapping windows, and the riskiest counts, so that a wish buried in it is not averaged away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from vlmguard.chat import Chat
+from vlmguard.rewriter.protocol import CATEGORIES, Seen, neutral
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmguard.rewriter.network import RiskNetwork
+
+WINDOW_WORDS: Final = 110
+STRIDE_WORDS: Final = 80
+QUOTED_CHARACTERS: Final = 400  # of an earlier turn
+
+
+class Look(Protocol):
+    """One picture: tower features (49, 1280), labels and words."""
+
+    @property
+    def features(self) -> Tensor: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def words(self) -> str: ...
+
+
+def request_windows(text: str) -> list[str]:
+    """The request as the network reads it: lower case, disguises undone, in windows of 110 words, one where it is short."""
+    words = neutral(text).lower().split()
+    if len(words) <= WINDOW_WORDS:
+        return [" ".join(words)]
+    starts = range(0, len(words) - (WINDOW_WORDS - STRIDE_WORDS), STRIDE_WORDS)
+    return [" ".join(words[start : start + WINDOW_WORDS]) for start in starts]
+
+
+def context_of(seen: Sequence[Seen], turns: Sequence[tuple[str, str]]) -> str:
+    """Pictures and earlier turns (role, text) as the network reads them."""
+    parts = [
+        f"picture: {', '.join(one.labels)}" + (f" words: {neutral(one.words)[:QUOTED_CHARACTERS]}" if one.words.strip() else "")
+        for one in seen
+    ]
+    for role, text in turns:
+        name = "system" if role in ("system", "developer") else f"earlier {role}"
+        parts.append(f"{name}: {neutral(text)[:QUOTED_CHARACTERS]}")
+    return " | ".join(parts).lower()
+
+
+def earlier_turns(chat: Chat) -> list[tuple[str, str]]:
+    return [
+        (message.role, message.full_text)
+        for index, message in enumerate(chat.messages)
+        if index != chat.last_user and message.full_text.strip()
+    ]
+
+
+@dataclass
+class Gate:
+    """
+    Args:
+        networks: their logits are averaged.
+        scale, offsets: logit -> calibrated logit; an offset for each kind of request ("text", "photo", "words").
+        threshold: the calibrated probability from which a request counts as risky; how it was set stands in the model card.
+    """
+
+    networks: Sequence[RiskNetwork]
+    scale: float
+    offsets: dict[str, float]
+    threshold: float
+
+    @classmethod
+    def load(cls, folder: Path) -> Gate:
+        from safetensors.torch import load_file
+
+        from vlmguard.rewriter.network import RiskNetwork
+
+        told: dict[str, Any] = json.loads((folder / "gate.json").read_text())
+        networks = []
+        for name in told["networks"]:
+            network = RiskNetwork.make(len(CATEGORIES), told["rank"])
+            network.load_own_state(load_file(folder / name))
+            networks.append(network.eval())
+        return cls(networks, told["scale"], told["offsets"], told["threshold"])
+
+    def __call__(self, chat: Chat, looks: Sequence[Look]) -> tuple[float, str | None]:
+        """(risk in [0, 1], likeliest category)."""
+        import torch
+
+        context = context_of([Seen(look.labels, look.words) for look in looks], earlier_turns(chat))
+        windows = request_windows(chat.text)
+        pictures = torch.stack([look.features.float().mean(0) for look in looks]) if looks else torch.zeros(0, 1280)
+        with torch.inference_mode():
+            made = [network([(window, context) for window in windows], [pictures] * len(windows)) for network in self.networks]
+        logits = torch.stack([logit for logit, _ in made]).mean(0)
+        worst = int(logits.argmax())
+        category = torch.stack([one for _, one in made]).mean(0)[worst]
+        calibrated = self.scale * float(logits[worst]) + self.offsets[kind_of(looks)]
+        return 1 / (1 + math.exp(-calibrated)), CATEGORIES[int(category.argmax())]
+
+
+def kind_of(looks: Sequence[Any]) -> str:
+    """`text` without a picture, `words` where a picture has some, else `photo`."""
+    if not looks:
+        return "text"
+    return "words" if any(look.words.strip() for look in looks) else "photo"
