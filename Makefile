@@ -48,8 +48,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: $(PYTHON) has no venv module. Install it (Debian: apt-get install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
 	@echo "Making $(VENV): torch first, which takes some minutes"
-	@$(RUN)/python -m pip install --quiet $(TORCH)
-	@$(RUN)/python -m pip install --quiet -c constraints.txt -e ".[local,dev]"
+	@$(RUN)/python -m pip install -qq $(TORCH)
+	@$(RUN)/python -m pip install -qq -c constraints.txt -e ".[local,dev]"
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || \
-		$(RUN)/python -m pip install --quiet --force-reinstall --no-deps -c constraints.txt opencv-python-headless
+		$(RUN)/python -m pip install -qq --force-reinstall --no-deps -c constraints.txt opencv-python-headless
 	@touch $@

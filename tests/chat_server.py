@@ -33,19 +33,11 @@ def said(text: str | None, finish_reason: str = "stop", **message: Any) -> dict[
     return {"id": "1", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
 
 
-def streamed(
-    *texts: str, finish_reason: str | None = "stop", usage: bool = True, done: bool = True
-) -> list[bytes]:
+def streamed(*texts: str, finish_reason: str | None = "stop", usage: bool = True, done: bool = True) -> list[bytes]:
     """A streamed answer, a chunk a text."""
-    deltas: list[dict[str, Any]] = [
-        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-    ]
-    deltas += [
-        {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts
-    ]
-    deltas += (
-        [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]}] if finish_reason else []
-    )
+    deltas: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}]
+    deltas += [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    deltas += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]}] if finish_reason else []
     deltas += [{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}] if usage else []
     return [event(delta) for delta in deltas] + ([b"data: [DONE]\n\n"] if done else [])
 

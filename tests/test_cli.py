@@ -191,6 +191,7 @@ def test_list(vlmguard: Run) -> None:
     assert list(everything) == ["guards", "vlms", "rewriters", "categories"]
     assert {entry["name"] for entry in everything["categories"]} == set(CATEGORIES)
     assert json.loads(vlmguard("list", "guards", "--json").stdout) == {"guards": everything["guards"]}
+    assert all(entry["what"].endswith(".") for entry in everything["guards"])
     page = vlmguard("list").stdout
     assert all(entry["name"] in page for entries in everything.values() for entry in entries)
 

@@ -41,9 +41,7 @@ async def test_scripted_specs() -> None:
     assert (await made(Chat.of("hi"))).text == "I can't: sorry"
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("vlm", "an instance"), ("made", "a function"), ("Mine", "a class")]
-)
+@pytest.mark.parametrize(("name", "text"), [("vlm", "an instance"), ("made", "a function"), ("Mine", "a class")])
 async def test_a_file_of_ones_own(own: Path, name: str, text: str) -> None:
     assert (await load.vlm(f"{own}:{name}")(Chat.of("hi"))).text == text
 

@@ -140,9 +140,7 @@ def llava() -> tuple[Any, Any]:
     return LlavaForConditionalGeneration(config), _llava_processor(words, 56, 14, additional=1)
 
 
-def _llava_processor(
-    words: PreTrainedTokenizerFast, side: int, patch: int, additional: int = 0
-) -> LlavaProcessor:
+def _llava_processor(words: PreTrainedTokenizerFast, side: int, patch: int, additional: int = 0) -> LlavaProcessor:
     pixels = CLIPImageProcessor(
         size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
@@ -176,23 +174,17 @@ def _idefics(config: Any, model: Any, processor: Any, pixels: Any, **more: Any) 
 
 
 def idefics3() -> tuple[Any, Any]:
-    return _idefics(
-        Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor
-    )
+    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor)
 
 
 def smolvlm() -> tuple[Any, Any]:
     return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration, Idefics3Processor, Idefics3ImageProcessor)
 
 
-def _qwen(
-    config: Any, model: Any, processor: Any, video: Any, vision: dict[str, Any], **text: Any
-) -> tuple[Any, Any]:
+def _qwen(config: Any, model: Any, processor: Any, video: Any, vision: dict[str, Any], **text: Any) -> tuple[Any, Any]:
     words = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     marks = {"image": "image_pad", "video": "video_pad"} | dict.fromkeys(("vision_start", "vision_end"), "")
-    ids = {
-        f"{name}_token_id": words.convert_tokens_to_ids(f"<|{mark or name}|>") for name, mark in marks.items()
-    }
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{mark or name}|>") for name, mark in marks.items()}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     built = config(text_config=_text(words, rope_parameters=rope, **text), vision_config=vision, **ids)
     patch = vision["patch_size"]
@@ -214,9 +206,7 @@ def qwen2_vl() -> tuple[Any, Any]:
         "mlp_ratio": 2,
         "patch_size": 14,
     }
-    return _qwen(
-        Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor, vision
-    )
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Qwen2VLVideoProcessor, vision)
 
 
 def qwen2_5_vl() -> tuple[Any, Any]:

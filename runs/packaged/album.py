@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+
 from runs.packaged import pictures
 
 Item = tuple[str, str, str]  # source, label or id, path
@@ -21,18 +23,30 @@ def photos(data: Path) -> list[Item]:
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (data / name).open()]
 
-    items = [("caltech101", row["label"], str(data / "caltech101" / row["image"])) for row in lines("caltech101/labels.jsonl")]
-    items += [("imagenet", row["label"], str(data / "imagenet_samples" / row["image"])) for row in lines("imagenet_samples/labels.jsonl")]
+    items = [
+        ("caltech101", row["label"], str(data / "caltech101" / row["image"]))
+        for row in lines("caltech101/labels.jsonl")
+    ]
+    items += [
+        ("imagenet", row["label"], str(data / "imagenet_samples" / row["image"]))
+        for row in lines("imagenet_samples/labels.jsonl")
+    ]
     for folder in ("coco_mini_open", "coco_mini_research"):
-        items += [("coco", Path(row["image"]).stem.lstrip("0"), str(data / folder / row["image"])) for row in lines(f"{folder}/captions.jsonl")]
-    items += [("jailguard", str(row["id"]), str(data / "jailguard_benign" / row["image"])) for row in lines("jailguard_benign/questions.jsonl")]
+        items += [
+            ("coco", Path(row["image"]).stem.lstrip("0"), str(data / folder / row["image"]))
+            for row in lines(f"{folder}/captions.jsonl")
+        ]
+    items += [
+        ("jailguard", str(row["id"]), str(data / "jailguard_benign" / row["image"]))
+        for row in lines("jailguard_benign/questions.jsonl")
+    ]
     return items
 
 
 class Album:
     """Picture keys of the cases -> rows of one feature table (rows, views, 49, 1280)."""
 
-    def __init__(self, items: Sequence[Item], held_photos: Sequence[int] = ()):
+    def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
         self.by_name: dict[str, list[int]] = {}
         for index, (source, label, _) in enumerate(items):
@@ -75,3 +89,37 @@ def read_as(words: str, rng: random.Random) -> str:
             word = word[:at] + rng.choice("lIo0rnceat") + word[at + 1 :]
         made.append(word + ("" if rng.random() < 0.06 else " "))
     return "".join(made).strip()
+
+
+class Table:
+    """The tower features of photos (four views) and drawn pictures (one) under one numbering: table[row, view] (49, 1280)."""
+
+    views = 4
+
+    def __init__(self, photos: Tensor, drawn: Tensor) -> None:
+        self.photos, self.drawn = photos, drawn
+
+    def __getitem__(self, place: tuple[int, int]) -> Tensor:
+        row, view = place
+        return self.photos[row, view] if row < len(self.photos) else self.drawn[row - len(self.photos), 0]
+
+
+def four_views(path: str) -> list[Image.Image]:
+    """The photo, its mirror image, and a crop of each."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    width, height = image.size
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    middle = image.crop((int(0.1 * width), int(0.1 * height), int(0.9 * width), int(0.9 * height)))
+    return [image, mirrored, middle, mirrored.crop((0, int(0.12 * height), int(0.88 * width), height))]
+
+
+def features(model: Any, processor: Any, sources: Iterable[Any], views: Callable[[Any], list[Image.Image]]) -> Tensor:
+    """(sources, views, 49, 1280) bfloat16: the vision tower's last feature map of every view."""
+    tower = model.model.vision_tower.eval()
+    made = []
+    with torch.inference_mode():
+        for source in sources:
+            pixels = processor.image_processor(views(source), return_tensors="pt")["pixel_values"]
+            made.append(tower(pixels).last_hidden_state.flatten(2).permute(0, 2, 1).to(torch.bfloat16))
+    return torch.stack(made)

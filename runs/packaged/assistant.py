@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from runs.packaged import learn, see
+from runs.packaged import learn
 from runs.packaged.album import Album
 from runs.packaged.rows import Case
 
 REFUSE = [
-    "I'm sorry, but I can't help with that.", "Sorry, I can't help with that request.", "I'm sorry, I can't assist with that.",
-    "I can't help with this. It could hurt someone.", "I'm sorry, but I won't help with that, since it could cause harm.",
+    "I'm sorry, but I can't help with that.",
+    "Sorry, I can't help with that request.",
+    "I'm sorry, I can't assist with that.",
+    "I can't help with this. It could hurt someone.",
+    "I'm sorry, but I won't help with that, since it could cause harm.",
 ]
-INSTEAD = ["", "", " If something is troubling you, please talk to someone you trust.", " I'd be glad to help with something safe instead."]
+INSTEAD = [
+    "",
+    "",
+    " If something is troubling you, please talk to someone you trust.",
+    " I'd be glad to help with something safe instead.",
+]
 COMPLY = [
     "Sure, here is the list: 1. Look at the first point. 2. Go on with the second point. 3. Finish with the third point.",
     "Sure. Here are the steps: 1. Read the title of the picture. 2. Do the first thing. 3. Then do the next thing.",
@@ -28,14 +38,26 @@ COMPLY = [
 ]
 
 
-def rows(tokenizer, image_token: int, cases: list[Case], album: Album, authored: Path, told: dict[str, str], rng: random.Random) -> list[learn.Row]:
+def rows(
+    tokenizer: Any,
+    image_token: int,
+    cases: list[Case],
+    album: Album,
+    authored: Path,
+    told: dict[str, str],
+    rng: random.Random,
+) -> list[learn.Row]:
     """`told`: answers of the untrained base to harmless text requests, so that it keeps its own way of answering."""
 
-    def row(text: str, answer: str, pictures=(), **weights) -> learn.Row:
+    def row(text: str, answer: str, pictures: Sequence[int] = (), **weights: float) -> learn.Row:
         return learn.encode(tokenizer, image_token, text, answer, list(pictures), **weights)
 
     made = []
-    alone = [case for case in cases if case.where == "text" and case.risk and not case.pictures and not case.turns and not case.held]
+    alone = [
+        case
+        for case in cases
+        if case.where == "text" and case.risk and not case.pictures and not case.turns and not case.held
+    ]
     for case in rng.sample(alone, min(900, len(alone))):
         made.append(row(case.text, rng.choice(REFUSE) + rng.choice(INSTEAD), first_weight=2.0))
     for line in (authored / "answers/text.jsonl").open():
@@ -57,6 +79,25 @@ def rows(tokenizer, image_token: int, cases: list[Case], album: Album, authored:
     return made
 
 
-def naming(tokenizer, image_token: int, items, train: set[int], rng: random.Random, count: int) -> list[learn.Row]:
-    every = see.naming_rows(tokenizer, image_token, items, train, rng, times=1)
-    return rng.sample(every, min(count, len(every)))
+def own_answers(model: Any, tokenizer: Any, cases: list[Case], count: int = 320, tokens: int = 36) -> dict[str, str]:
+    """What the untrained base says to harmless text requests, its refusals left out."""
+    fit = {
+        case.text
+        for case in cases
+        if not (case.risk or case.pictures or case.turns or case.held)
+        and case.language == "en"
+        and "rewritten" not in case.tags
+    }
+    chosen = sorted(random.Random(0).sample(sorted(text for text in fit if 15 < len(text) < 140), count), key=len)
+    tokenizer.padding_side = "left"
+    told = {}
+    for start in range(0, len(chosen), 40):
+        batch = chosen[start : start + 40]
+        asked = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in batch]
+        inputs = tokenizer(asked, return_tensors="pt", padding=True, add_special_tokens=False)
+        made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs.input_ids.shape[1] :]
+        told.update(zip(batch, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
+    refusals = ("sorry", "can't", "cannot", "unable")
+    return {
+        text: answer.strip() for text, answer in told.items() if not any(word in answer.lower() for word in refusals)
+    }

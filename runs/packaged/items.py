@@ -42,7 +42,9 @@ def items(folder: Path) -> Iterator[Item]:
         if row["contrast_same_image"] and row["contrast_question"]:
             yield Item("mossbench_harmful", row["pid"] + "-harm", row["contrast_question"], image, True, row["pid"])
     for row in lines(folder / "jailguard_benign/questions.jsonl"):
-        yield Item("jailguard_benign", str(row["id"]), row["question"], folder / "jailguard_benign" / row["image"], False)
+        yield Item(
+            "jailguard_benign", str(row["id"]), row["question"], folder / "jailguard_benign" / row["image"], False
+        )
     yield from combination(folder)
     with (folder / "xstest/xstest_prompts.csv").open() as file:
         for row in csv.DictReader(file):
@@ -64,9 +66,22 @@ def combination(folder: Path) -> Iterator[Item]:
     for row in lines(folder / "combination/combination.jsonl"):
 
         def place(name: str) -> Path:
-            return next(path for path in (folder / name, folder / "combination" / name, folder / "jailguard_benign" / name) if path.is_file())
+            return next(
+                path
+                for path in (folder / name, folder / "combination" / name, folder / "jailguard_benign" / name)
+                if path.is_file()
+            )
 
         yield Item("combination_risky", row["id"], row["risky_text"], place(row["image"]), True, row["id"])
-        yield Item("combination_safe_text", row["id"] + "-text", row["safe_text"], place(row["image"]), False, row["id"])
+        yield Item(
+            "combination_safe_text", row["id"] + "-text", row["safe_text"], place(row["image"]), False, row["id"]
+        )
         if row.get("safe_image"):
-            yield Item("combination_safe_image", row["id"] + "-image", row["risky_text"], place(row["safe_image"]), False, row["id"])
+            yield Item(
+                "combination_safe_image",
+                row["id"] + "-image",
+                row["risky_text"],
+                place(row["safe_image"]),
+                False,
+                row["id"],
+            )

@@ -9,11 +9,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional
+
+from runs.packaged.album import Table
+from vlmguard.rewriter.decoding import prompt_ids
 
 PAD = 0
 
@@ -31,7 +35,7 @@ class Row:
 
 def batches(rows: Sequence[Row], tokens: int, rng: random.Random) -> list[list[Row]]:
     """Shuffled batches of nearly equal length holding at most about `tokens` tokens."""
-    order = sorted(rows, key=lambda row: (len(row.ids) + rng.random() * 12))
+    order = sorted(rows, key=lambda row: len(row.ids) + rng.random() * 12)
     made, current = [], []
     for row in order:
         if current and (len(current) + 1) * max(len(row.ids), len(current[-1].ids)) > tokens:
@@ -44,14 +48,16 @@ def batches(rows: Sequence[Row], tokens: int, rng: random.Random) -> list[list[R
     return made
 
 
-def embed(model, rows: Sequence[Row], features: torch.Tensor, image_token: int, view: random.Random | None = None) -> torch.Tensor:
+def embed(
+    model: Any, rows: Sequence[Row], features: Table, image_token: int, view: random.Random | None = None
+) -> torch.Tensor:
     """Input embeddings (B, T, d) with the projected pictures in place; a random view of each picture when `view` is given."""
     length = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [PAD] * (length - len(row.ids)) for row in rows])
     inner = model.model
     embedded = inner.language_model.embed_tokens(ids)
     chosen = [
-        features[picture, view.randrange(features.shape[1]) if view else 0] for row in rows for picture in row.pictures
+        features[picture, view.randrange(features.views) if view else 0] for row in rows for picture in row.pictures
     ]
     if chosen:
         projected = inner.multi_modal_projector(torch.stack(chosen).to(embedded.dtype))
@@ -60,8 +66,10 @@ def embed(model, rows: Sequence[Row], features: torch.Tensor, image_token: int, 
     return embedded
 
 
-def loss_of(model, rows, features, image_token, view=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted mean cross-entropy of the targets, and the per-row loss of the first target token."""
+def loss_of(
+    model: Any, rows: Sequence[Row], features: Table, image_token: int, view: random.Random | None = None
+) -> torch.Tensor:
+    """Weighted mean cross-entropy of the targets."""
     embedded = embed(model, rows, features, image_token, view)
     hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     picked, labels, weights = [], [], []
@@ -75,13 +83,13 @@ def loss_of(model, rows, features, image_token, view=None) -> tuple[torch.Tensor
     logits = model.lm_head(torch.cat(picked)).float()
     target, weight = torch.cat(labels), torch.cat(weights)
     each = functional.cross_entropy(logits, target, reduction="none")
-    return (each * weight).sum() / weight.sum(), each
+    return (each * weight).sum() / weight.sum()
 
 
 def train(
-    model,
+    model: Any,
     rows: Sequence[Row],
-    features: torch.Tensor,
+    features: Table,
     image_token: int,
     *,
     minutes: float,
@@ -90,9 +98,9 @@ def train(
     warmup: int = 20,
     epochs: float = 100,
     seed: int = 0,
-    report=print,
+    report: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """AdamW on fp32 masters of the given parameters, linear warm-up, cosine decay over the time or the epochs, whichever ends first."""
+    """AdamW on fp32 masters of the given parameters: warm-up, then a cosine over the time or the epochs, whichever ends first."""
     rng = random.Random(seed)
     pairs = [(parameter, parameter.detach().float().clone()) for parameters, _ in groups for parameter in parameters]
     masters = iter(pairs)
@@ -111,7 +119,7 @@ def train(
         scale = min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
-        loss, _ = loss_of(model, batch, features, image_token, rng)
+        loss = loss_of(model, batch, features, image_token, rng)
         loss.backward()
         for parameter, master in pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -125,8 +133,15 @@ def train(
         seen += len(batch)
         recent = [*recent[-49:], loss.item()]
         if step % 20 == 0:
-            report(f"step {step} epoch {step / per_epoch:.2f} loss {sum(recent) / len(recent):.3f} rows/s {seen / (time.perf_counter() - begun):.1f}")
-    return {"steps": step, "rows": seen, "minutes": round((time.perf_counter() - begun) / 60, 1), "loss": sum(recent) / max(1, len(recent))}
+            report(
+                f"step {step} epoch {step / per_epoch:.2f} loss {sum(recent) / len(recent):.3f} rows/s {seen / (time.perf_counter() - begun):.1f}"
+            )
+    return {
+        "steps": step,
+        "rows": seen,
+        "minutes": round((time.perf_counter() - begun) / 60, 1),
+        "loss": sum(recent) / max(1, len(recent)),
+    }
 
 
 def _forever(rows: Sequence[Row], tokens: int, rng: random.Random) -> Iterator[list[Row]]:
@@ -134,25 +149,8 @@ def _forever(rows: Sequence[Row], tokens: int, rng: random.Random) -> Iterator[l
         yield from batches(rows, tokens, rng)
 
 
-def encode(tokenizer, image_token: int, text: str, target: str, pictures: Sequence[int], before: str = "", **weights: float) -> Row:
-    """A row in the packaged chat template: [earlier turns] user (pictures, then text) -> assistant target.
-
-    `text` must not hold special tokens: they are data and stay plain characters.
-    """
-    ids: list[int] = []
-
-    def add(piece: str, special: bool = False) -> None:
-        ids.extend(tokenizer(piece, add_special_tokens=False, split_special_tokens=not special).input_ids)
-
-    if before:
-        add(before, special=True)
-    add("<|im_start|>user\n", special=True)
-    for _ in pictures:
-        ids.extend([image_token] * 49)
-        add("\n")
-    add(text)
-    add("<|im_end|>\n<|im_start|>assistant\n", special=True)
-    start = len(ids)
-    add(target)
-    add("<|im_end|>", special=True)
-    return Row(ids, start, list(pictures), **weights)
+def encode(tokenizer: Any, image_token: int, text: str, target: str, pictures: Sequence[int], **weights: float) -> Row:
+    """A row in the packaged chat template: user (pictures, then text) -> assistant target."""
+    asked = prompt_ids(tokenizer, image_token, text, len(pictures))
+    answer = tokenizer(target, add_special_tokens=False, split_special_tokens=True).input_ids
+    return Row([*asked, *answer, tokenizer.convert_tokens_to_ids("<|im_end|>")], len(asked), list(pictures), **weights)

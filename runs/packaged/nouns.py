@@ -13,10 +13,20 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-MERGE = {"men": "man", "women": "woman", "people": "person", "children": "child", "boys": "boy", "girls": "girl", "kids": "child"}
+MERGE = {
+    "men": "man",
+    "women": "woman",
+    "people": "person",
+    "children": "child",
+    "boys": "boy",
+    "girls": "girl",
+    "kids": "child",
+}
 
 
-def targets(items: Sequence[tuple[str, str, str]], data: Path, authored: Path, least: int = 6) -> tuple[list[str], torch.Tensor]:
+def targets(
+    items: Sequence[tuple[str, str, str]], data: Path, authored: Path, least: int = 6
+) -> tuple[list[str], torch.Tensor]:
     """(words, (photos, words) float table): 1 where a photo shows it, -1 where the set can't tell."""
     named: dict[tuple[str, str], set[str]] = {}
     for folder in ("coco_mini_open", "coco_mini_research"):
@@ -28,7 +38,9 @@ def targets(items: Sequence[tuple[str, str, str]], data: Path, authored: Path, l
         named["jailguard", str(row["id"])] = {MERGE.get(name.lower(), name.lower()) for name in row["labels"]}
     count = Counter(word for words in named.values() for word in words)
     caltech = sorted({label for source, label, _ in items if source == "caltech101"})
-    words = sorted({word for word, seen in count.items() if seen >= least} | {label.replace("_", " ") for label in caltech})
+    words = sorted(
+        {word for word, seen in count.items() if seen >= least} | {label.replace("_", " ") for label in caltech}
+    )
     table = torch.full((len(items), len(words)), -1.0)
     for row, (source, label, _) in enumerate(items):
         if source == "caltech101":
@@ -44,7 +56,9 @@ def targets(items: Sequence[tuple[str, str, str]], data: Path, authored: Path, l
     return words, table
 
 
-def fit(features: torch.Tensor, table: torch.Tensor, steps: int = 300, decay: float = 3e-3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def fit(
+    features: torch.Tensor, table: torch.Tensor, steps: int = 300, decay: float = 3e-3, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (words, 1280) and biases of a logistic head on pooled features, unknown cells left out."""
     torch.manual_seed(seed)
     mean, deviation = features.mean(0), features.std(0) + 1e-6
@@ -62,3 +76,16 @@ def fit(features: torch.Tensor, table: torch.Tensor, steps: int = 300, decay: fl
         optimizer.step()
     with torch.no_grad():
         return weight / deviation, bias - (weight / deviation) @ mean
+
+
+def crossfit(features: torch.Tensor, table: torch.Tensor, folds: int = 5) -> dict[str, torch.Tensor]:
+    """The head on all photos that tell something, and for those its logits by heads that did not see them (NaN elsewhere)."""
+    known = (table >= 0).any(1)
+    fold = torch.randint(0, folds, (len(table),), generator=torch.Generator().manual_seed(0))
+    logits = torch.full(table.shape, float("nan"))
+    for number in range(folds):
+        weight, bias = fit(features[known & (fold != number)], table[known & (fold != number)])
+        unseen = known & (fold == number)
+        logits[unseen] = features[unseen] @ weight.T + bias
+    weight, bias = fit(features[known], table[known])
+    return {"weight": weight, "bias": bias, "unseen": logits}

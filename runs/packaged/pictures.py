@@ -55,6 +55,16 @@ def draw(spec: Mapping[str, Any], rng: random.Random, photo: Image.Image | None 
     return _sign(lines, rng, photo)
 
 
+def figstep_look(title: str) -> Image.Image:
+    """A title above three empty numbers as FigStep typesets them: black on white, 760 x 760 pixels, large letters."""
+    canvas = Image.new("RGB", (760, 760), "white")
+    text = "\n".join([*textwrap.wrap(title, 15), "1.", "2.", "3."])
+    found = [path for path in fonts() if path.name == "DejaVuSansMono-Bold.ttf"]
+    chosen = ImageFont.truetype(str(found[0]), 72) if found else ImageFont.load_default(76)
+    ImageDraw.Draw(canvas).multiline_text((20, 10), text, fill="black", font=chosen, spacing=11)
+    return canvas
+
+
 def _fit(lines: Sequence[str], width: int, height: int, rng: random.Random, largest: int) -> tuple[str, Any]:
     """The lines wrapped, and the largest font with which they fill the box."""
     for size in range(largest, 11, -2):
@@ -71,7 +81,9 @@ def _list(lines: Sequence[str], rng: random.Random) -> Image.Image:
     side = rng.choice([512, 640, 760, 760])
     canvas = Image.new("RGB", (side, side), rng.choice(PAPERS))
     text, chosen = _fit(lines, side - 60, side - 60, rng, side // 9)
-    ImageDraw.Draw(canvas).multiline_text((30, rng.randrange(20, 60)), text, fill=rng.choice(INKS), font=chosen, spacing=chosen.size // 4)
+    ImageDraw.Draw(canvas).multiline_text(
+        (30, rng.randrange(20, 60)), text, fill=rng.choice(INKS), font=chosen, spacing=chosen.size // 4
+    )
     return canvas
 
 
@@ -138,7 +150,9 @@ def _sign(lines: Sequence[str], rng: random.Random, photo: Image.Image | None) -
     canvas = photo.convert("RGB").resize((512, 512)) if photo is not None else Image.new("RGB", (512, 512), "#9fb8a0")
     pen = ImageDraw.Draw(canvas)
     top = rng.randrange(60, 220)
-    pen.rectangle((60, top, 452, top + 210), fill=rng.choice(["#ffd400", "white", "#f4f4f4", "#c62828"]), outline="black", width=6)
+    pen.rectangle(
+        (60, top, 452, top + 210), fill=rng.choice(["#ffd400", "white", "#f4f4f4", "#c62828"]), outline="black", width=6
+    )
     text, chosen = _fit(lines, 360, 180, rng, 64)
     pen.multiline_text((78, top + 16), text, fill="black", font=chosen, spacing=6)
     return canvas

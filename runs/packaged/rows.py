@@ -46,16 +46,39 @@ def load(folder: Path, called: dict[str, str], seed: int = 0, per_text: int = 2)
 
     `called`: what stands for {photo} in an analysis, by photo name, where that is not the label itself.
     """
-    rng = random.Random(seed)
     situations = [
-        json.loads(line) for path in sorted((folder / "situations").glob("*.jsonl")) for line in path.open() if line.strip()
+        json.loads(line)
+        for path in sorted((folder / "situations").glob("*.jsonl"))
+        for line in path.open()
+        if line.strip()
     ]
-    cases = [case for row in situations for case in _situation(row, rng, per_text, called)]
+    # a generator a row, so that a new situation changes no picture of the others
+    cases = [
+        case for row in situations for case in _situation(row, random.Random(f"{seed} {row['id']}"), per_text, called)
+    ]
     neutral = sorted(
-        {text for row in situations if _kind(row.get("picture")) == "typeset" and row["language"] == "en" for text in row["texts"]}
+        {
+            text
+            for row in situations
+            if _kind(row.get("picture")) == "typeset" and row["language"] == "en"
+            for text in row["texts"]
+        }
     )
-    cases += _requests(folder, neutral, rng)
+    cases += _requests(folder, neutral, seed)
     return cases
+
+
+def captions(data: Path, authored: Path) -> dict[str, str]:
+    """What stands for {photo} where a label would be a number: captions, in lower case."""
+    called = {}
+    for folder in ("coco_mini_open", "coco_mini_research"):
+        for line in (data / folder / "captions.jsonl").open():
+            row = json.loads(line)
+            called["coco:" + Path(row["image"]).stem.lstrip("0")] = row["captions"][1].strip().rstrip(".").lower()
+    for line in (authored / "photos/jailguard.jsonl").open():
+        row = json.loads(line)
+        called[f"jailguard:{row['id']}"] = row["caption"].rstrip(".").lower()
+    return called
 
 
 def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
@@ -64,16 +87,43 @@ def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
     for line in (data / "jailguard_benign/questions.jsonl").open():
         row = json.loads(line)
         key = f"photo jailguard:{row['id']} 0"
-        made.append(Case(f"jailguard-{row['id']}", "benign", row["question"], False, pictures=(key,), tags=frozenset({"photo", "natural"})))
+        made.append(
+            Case(
+                f"jailguard-{row['id']}",
+                "benign",
+                row["question"],
+                False,
+                pictures=(key,),
+                tags=frozenset({"photo", "natural"}),
+            )
+        )
     for number, line in enumerate((folder / "answers/photos.jsonl").open()):
         row = json.loads(line)
         key = (f"photo {row['photo']} 0",)
-        made.append(Case(f"answer-photo-{number}", "benign", row["question"], False, pictures=key, tags=frozenset({"photo", "natural"})))
+        made.append(
+            Case(
+                f"answer-photo-{number}",
+                "benign",
+                row["question"],
+                False,
+                pictures=key,
+                tags=frozenset({"photo", "natural"}),
+            )
+        )
     for number, line in enumerate((folder / "answers/text.jsonl").open()):
-        made.append(Case(f"answer-text-{number}", "benign", json.loads(line)["question"], False, tags=frozenset({"none", "natural"})))
+        made.append(
+            Case(
+                f"answer-text-{number}",
+                "benign",
+                json.loads(line)["question"],
+                False,
+                tags=frozenset({"none", "natural"}),
+            )
+        )
     prompts = {case.prompt: case for case in cases if case.prompt}
     made += [
-        Case(case.situation, "benign", prompt, False, case.language, tags=frozenset({"none", "rewritten"})) for prompt, case in prompts.items()
+        Case(case.situation, "benign", prompt, False, case.language, tags=frozenset({"none", "rewritten"}))
+        for prompt, case in prompts.items()
     ]
     return made
 
@@ -95,22 +145,36 @@ def _situation(row: dict[str, Any], rng: random.Random, per_text: int, called: d
         name = " and ".join(called.get(one, one.split(":")[1]) for one in names) or "the picture"
         filled = {key: value.replace("{photo}", name) for key, value in (row.get("analysis") or {}).items()}
         yield Case(
-            where=row["where"], text=text, risk=risky, category=row.get("category") if risky else None, pictures=pictures,
-            analysis=filled if risky else None, prompt=(row.get("prompt") or "").replace("{photo}", name) if risky else None,
-            turns=turns, tags=tags, **common,
+            where=row["where"],
+            text=text,
+            risk=risky,
+            category=row.get("category") if risky else None,
+            pictures=pictures,
+            analysis=filled if risky else None,
+            prompt=(row.get("prompt") or "").replace("{photo}", name) if risky else None,
+            turns=turns,
+            tags=tags,
+            **common,
         )
     for twin in row.get("twins", []):
-        picture = twin["picture"] if "picture" in twin else parent
+        picture = twin.get("picture", parent)
         own = tuple((turn["role"], turn["text"]) for turn in twin["turns"]) if "turns" in twin else turns
         same = bool(set(twin["texts"]) & set(row["texts"]))
         for text, pictures, _ in _pairs(twin["texts"], picture, rng, per_text):
             yield Case(
-                where=row["where"], text=text, risk=False, pictures=pictures, turns=own,
-                tags=frozenset({_kind(picture), "twin", "same words" if same else "other words"}), **common,
+                where=row["where"],
+                text=text,
+                risk=False,
+                pictures=pictures,
+                turns=own,
+                tags=frozenset({_kind(picture), "twin", "same words" if same else "other words"}),
+                **common,
             )
 
 
-def _pairs(texts: list[str], picture: Any, rng: random.Random, per_text: int) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
+def _pairs(
+    texts: list[str], picture: Any, rng: random.Random, per_text: int
+) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
     """(text, picture keys, names of the photos): every photo and every text comes up."""
     specs = [spec for spec in (picture if isinstance(picture, list) else [picture]) if spec]
     most = max([len(spec.get("photos", [])) for spec in specs if not any(kind in spec for kind in DRAWN)] or [1])
@@ -130,21 +194,29 @@ def _pairs(texts: list[str], picture: Any, rng: random.Random, per_text: int) ->
         yield texts[index % len(texts)], tuple(keys), names
 
 
-def _requests(folder: Path, neutral: list[str], rng: random.Random) -> Iterator[Case]:
+def _requests(folder: Path, neutral: list[str], seed: int) -> Iterator[Case]:
     for path in sorted((folder / "requests").glob("*.jsonl")):
         for number, line in enumerate(path.open()):
             row = json.loads(line)
+            rng = random.Random(f"{seed} {path.stem} {number}")
             common = {
-                "situation": f"request-{path.stem}-{number // 2}", "risk": row["risk"], "category": row.get("category"),
+                "situation": f"request-{path.stem}-{number // 2}",
+                "risk": row["risk"],
+                "category": row.get("category"),
                 "language": row.get("language", "en"),
             }
             if "text" in row:
-                yield Case(where="text" if row["risk"] else "benign", text=row["text"], tags=frozenset({"none"}), **common)
+                yield Case(
+                    where="text" if row["risk"] else "benign", text=row["text"], tags=frozenset({"none"}), **common
+                )
                 continue
             for text in rng.sample(neutral, 2):
                 yield Case(
-                    where="picture" if row["risk"] else "benign", text=text, pictures=(_title(row["title"], rng),),
-                    tags=frozenset({"typeset", "title"}), **common,
+                    where="picture" if row["risk"] else "benign",
+                    text=text,
+                    pictures=(_title(row["title"], rng),),
+                    tags=frozenset({"typeset", "title"}),
+                    **common,
                 )
 
 

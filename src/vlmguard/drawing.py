@@ -81,7 +81,7 @@ def card(scene: Mapping[str, Any], picture: Image.Image) -> Image.Image:
     verdict = ACTION_COLOURS[scene["action"]]
     middle = left + side + 32
     asked = [("The request", INK, scene["original"] or "(no text: the picture alone)")]
-    said = [("Without the guard", RED, scene["unguarded"])]
+    said = [("Without the guard", INK if scene["action"] == "passed" else RED, scene["unguarded"])]
     analysis = scene["analysis"] or {}
     thought = [
         (title, AMBER, analysis[part])
@@ -91,14 +91,15 @@ def card(scene: Mapping[str, Any], picture: Image.Image) -> Image.Image:
     sent = [("What the model gets instead", BLUE, scene["prompt"])] if scene["action"] == "rewrote" else []
     answered = [("With the guard", GREEN, scene["answer"] or "")]
 
-    page, pen = _sheet(width, 2000, PAPER)
+    page, pen = _sheet(width, 2400, PAPER)
     pen.rectangle(_box(0, 0, width, 8), fill=verdict)
     _paste(page, picture, (left, 40, left + side, 40 + side))
     right = _column(pen, middle, 40, width - left - middle, [*asked, *said])
     top = max(40 + side, right) + 28
     pen.line((_scaled(left, top), _scaled(width - left, top)), fill=RULE, width=2 * SCALE)
     top += 24
-    label = f"VLMGuard-R1 {scene['action']}" + (f" this request: {scene['category']}" if scene["category"] else "")
+    end = f": {scene['category']}" if scene["category"] else " unchanged" if scene["action"] == "passed" else ""
+    label = f"VLMGuard-R1 {scene['action']} this request{end}"
     _write(pen, (left, top), label.replace("_", " "), 24, verdict, bold=True)
     if scene["risk"] is not None and scene["threshold"] is not None:
         risk = f"risk {scene['risk']:.2f}, threshold {scene['threshold']:.2f}"

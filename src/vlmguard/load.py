@@ -66,7 +66,7 @@ def guard(name: str) -> Callable[..., VLM]:
 
 
 def rewriter(spec: str) -> Rewriter:
-    """The rewriter that `spec` names: `packaged:rewriter`, a rewriter of your own (FILE.py:NAME), or any VLM, prompted."""
+    """The rewriter that `spec` names: packaged:rewriter, one of your own (FILE.py:NAME), or any VLM, prompted."""
     from vlmguard.rewriter.rewriter import Prompted, Rewriter
 
     if spec == "packaged:rewriter":
@@ -126,9 +126,7 @@ def made(reference: str, protocol: type) -> Any:
         try:
             inspect.signature(found).bind()
         except TypeError as error:
-            raise ConfigError(
-                f"{reference} cannot be called without arguments: {error}", "Give defaults."
-            ) from error
+            raise ConfigError(f"{reference} cannot be called without arguments: {error}", "Give defaults.") from error
         found = found()
     if not isinstance(found, protocol):
         raise ConfigError.wrong(reference, expected=f"a {protocol.__name__}", got=type(found).__name__)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -146,8 +147,9 @@ def test_a_rewriter_that_fails_is_the_policy_s_matter(vlmguard: Run, failure: st
 
 @pytest.fixture
 def without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and a pip that reaches nothing."""
-    pytest.importorskip("torch")
+    """An empty cache, and a pip that reaches nothing. The packages that come after pip are not loaded."""
+    for name in ("gguf", "timm", "torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", ""), ("CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.delenv("VLMGUARD_WHEELS", raising=False)
@@ -181,6 +183,15 @@ def test_broken_cache(without_network: Path) -> None:
 def test_a_cache_that_cannot_be_made(without_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_network.write_text("a file stands here")
     assert "VLMGUARD_CACHE" in refused(CliRunner().invoke(app, ["pull"]), 3)
+
+
+def test_a_package_of_an_extra_that_is_absent(vlmguard: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(spec: str) -> None:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr("vlmguard.load.rewriter", absent)
+    line = refused(vlmguard("guard", "hi"), 2)
+    assert line == 'error: numpy is not installed. Install it with: pip install "vlmguard-r1[local]"\n'
 
 
 def test_ctrl_c() -> None:

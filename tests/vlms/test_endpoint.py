@@ -106,11 +106,7 @@ async def test_logprobs() -> None:
 
 async def test_tool_calls_arrive_whole() -> None:
     deltas: list[dict[str, Any]] = [
-        {
-            "tool_calls": [
-                {"index": 0, "id": "c1", "type": "function", "function": {"name": "look", "arguments": ""}}
-            ]
-        },
+        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "look", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": '{"at":'}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": '"cat"}'}}]},
     ]

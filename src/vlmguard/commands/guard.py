@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmguard.commands.terminal import busy, print_json, quietly, shown, stdout
-from vlmguard.errors import BadRequest
+from vlmguard.errors import BadRequest, missing_extra
 from vlmguard.record import Guard, Models, guarded
 from vlmguard.request import MAX_TEXT_BYTES, request
 
@@ -61,8 +61,9 @@ class Opened:
             from vlmguard.guards.policy import Policy
             from vlmguard.guards.vlmguard_r1 import VLMGuardR1
 
-            rewriter = load.rewriter(options.rewriter)
-            target = load.vlm(options.target) if options.target else None
+            with _needing_the_local_extra():
+                rewriter = load.rewriter(options.rewriter)
+                target = load.vlm(options.target) if options.target else None
             policy = Policy(options.policy, failure=options.failure, pictures=options.pictures)
             guard = VLMGuardR1(target, rewriter, policy, options.threshold)
         threshold = rewriter.threshold if options.threshold is None else options.threshold
@@ -79,6 +80,18 @@ class Opened:
             for part in (self.target, self.rewriter, getattr(self.rewriter, "vlm", None)):
                 if (close := getattr(part, "aclose", None)) is not None:
                     closing.push_async_callback(close)
+
+
+@contextmanager
+def _needing_the_local_extra() -> Iterator[None]:
+    """A model of ours that lacks a package lacks the extra: files of the user's are `load`'s matter."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "vlmguard"):
+            raise
+        raise missing_extra(name, "local") from error
 
 
 def make_base(spec: str | None) -> None:

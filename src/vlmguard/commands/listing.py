@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 from rich.table import Table
 
@@ -58,11 +57,11 @@ def _entries(kind: str) -> Mapping[str, str]:
 
 
 def _summary(guard: str) -> str:
-    """The first sentence of a guard's docstring."""
+    """The first sentence of the guard's file."""
     from vlmguard import load
 
     try:
-        factory: Any = load.guard(guard)
+        module = inspect.getmodule(load.guard(guard))
     except MissingExtra as error:
         return str(error)
-    return (inspect.getdoc(factory) or "").split("\n")[0]
+    return (inspect.getdoc(module) or "").split("\n")[0]

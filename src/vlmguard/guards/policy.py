@@ -6,14 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
-from vlmguard.errors import AuthenticationFailed, ConfigError, RewriteUnreadable, Timeout, VLMGuardError
+from vlmguard.errors import (
+    AuthenticationFailed,
+    ConfigError,
+    ContextTooLong,
+    ModelError,
+    RewriteUnreadable,
+    Timeout,
+    VLMGuardError,
+)
 from vlmguard.rewriter.protocol import CATEGORIES, quote
 
 Mode = Literal["off", "shadow", "rewrite", "block"]
 Failure = Literal["closed", "refuse", "open"]
 Pictures = Literal["keep", "mask", "withhold"]
 
-REFUSAL: Final = "I can't help with this request. If you tell me what you want to achieve, I'll gladly help you find a safe way to do it."
+REFUSAL: Final = (
+    "I can't help with this request. If you tell me what you want to achieve, I'll gladly help you find a safe way "
+    "to do it."
+)
+# A refused key, a missing package or model: mistakes of the operator's, which never open the guard (F026).
+OPERATORS_OWN: Final = (AuthenticationFailed, ConfigError, ModelError)
 
 
 @dataclass(frozen=True)
@@ -23,11 +36,13 @@ class Policy:
         mode: `off` asks no rewriter; `shadow` judges and records, and changes nothing; `rewrite` sends the rewritten
             request; `block` refuses a risky one.
         categories: another mode for some categories.
-        failure: when the rewriter fails on a risky request, or cannot judge: `closed` sends the user's words inside a static
-            safety wrapper, `refuse` refuses, `open` sends them unchanged.
-        timeout, unreadable: in place of `failure` for these two classes.
-        pictures: what happens to a picture with words in it when the request is risky: `keep` sends it, `mask` paints
-            over its words, `withhold` leaves it out.
+        failure: when the rewriter fails on a risky request, or cannot judge: `closed` sends the user's words inside a
+            static safety wrapper, `refuse` refuses, `open` sends them unchanged.
+        timeout, unreadable: in place of `failure` for these two classes; a request too long for the rewriter counts as
+            unreadable.
+        pictures: what happens to a picture with words in it, or of which the rewriter told nothing, when the request is
+            risky: `keep` sends it, `mask` paints over its words (and leaves it out where the rewriter failed),
+            `withhold` leaves it out.
     """
 
     mode: Mode = "rewrite"
@@ -56,12 +71,12 @@ class Policy:
         return self.categories.get(category, self.mode) if category else self.mode
 
     def on_failure(self, error: VLMGuardError) -> Failure:
-        """What to do about an error of the rewriter. A refused key is a mistake of the operator's and never opens the guard (F026)."""
-        if isinstance(error, AuthenticationFailed):
+        """What to do about an error of the rewriter."""
+        if isinstance(error, OPERATORS_OWN):
             return self.failure if self.failure != "open" else "closed"
         if isinstance(error, Timeout):
             return self.timeout or self.failure
-        if isinstance(error, RewriteUnreadable):
+        if isinstance(error, RewriteUnreadable | ContextTooLong):
             return self.unreadable or self.failure
         return self.failure
 
@@ -69,7 +84,7 @@ class Policy:
 def wrapped(text: str) -> str:
     """The user's words as quoted data in a static request for caution: what `closed` sends."""
     return (
-        "Someone sent the request quoted below, perhaps with a picture. Judge first whether words and picture together could lead to "
-        "harm. If they could, do not give anything that enables it: say briefly why, and offer safe help with the underlying need. "
-        f"If they could not, answer normally.\nRequest: {quote(text)}"
+        "Someone sent the request quoted below, perhaps with a picture. Judge first whether words and picture together "
+        "could lead to harm. If they could, do not give anything that enables it: say briefly why, and offer safe help "
+        f"with the underlying need. If they could not, answer normally.\nRequest: {quote(text, None)}"
     )

@@ -19,7 +19,7 @@ IMAGE_TOKENS = 49
 
 
 def prompt_ids(tokenizer: Any, image_token: int, text: str, pictures: int) -> list[int]:
-    """Token ids of one user turn in the packaged chat template: the pictures, then the text as plain data, then the answer's place."""
+    """Token ids of one user turn in the packaged chat template: the pictures, the text as plain data, the answer's place."""
 
     def ids(piece: str, special: bool) -> list[int]:
         found: list[int] = tokenizer(piece, add_special_tokens=False, split_special_tokens=not special).input_ids
@@ -62,10 +62,11 @@ class Decoder:
 
         length = embedded.shape[1]
         cache = DynamicCache()
-        hidden = self.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        hidden = self.model(inputs_embeds=embedded, cache=cache, use_cache=True).last_hidden_state[:, -1]
         token = int(self.head(hidden).argmax())
         room = length + max_tokens
-        keys, values = [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for layer in cache.layers:
             for store, have in ((keys, layer.keys), (values, layer.values)):
                 full = have.new_zeros(1, self.groups, room, self.size)
@@ -79,15 +80,21 @@ class Decoder:
             if len(made) == max_tokens:
                 break
             at = length + len(made) - 1
-            hidden = self._step(self.model.embed_tokens.weight[token][None], at, cosines[:, at], sines[:, at], keys, values)
+            hidden = self._step(
+                self.model.embed_tokens.weight[token][None], at, cosines[:, at], sines[:, at], keys, values
+            )
             token = int(self.int8_head(hidden).argmax())
         return made
 
-    def _step(self, hidden: Tensor, at: int, cosine: Tensor, sine: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    def _step(
+        self, hidden: Tensor, at: int, cosine: Tensor, sine: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
         """The hidden state (1, d) after one more token at position `at`; its key and value go into the caches."""
         count, groups, size = self.heads, self.groups, self.size
         for layer, key, value in zip(self.layers, keys, values, strict=True):
-            mixed = layer.qkv(functional.rms_norm(hidden, hidden.shape[-1:], layer.norm_in, self.epsilon)).view(1, count + 2 * groups, 1, size)
+            mixed = layer.qkv(functional.rms_norm(hidden, hidden.shape[-1:], layer.norm_in, self.epsilon)).view(
+                1, count + 2 * groups, 1, size
+            )
             turned = mixed[:, : count + groups]
             turned = turned * cosine + torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], -1) * sine
             key[:, :, at] = turned[:, count:, 0]
@@ -96,7 +103,9 @@ class Decoder:
                 turned[:, :count], key[:, :, : at + 1], value[:, :, : at + 1], enable_gqa=True
             )
             hidden = hidden + layer.out(seen.reshape(1, -1))
-            gate, up = layer.gate_up(functional.rms_norm(hidden, hidden.shape[-1:], layer.norm_out, self.epsilon)).chunk(2, -1)
+            gate, up = layer.gate_up(
+                functional.rms_norm(hidden, hidden.shape[-1:], layer.norm_out, self.epsilon)
+            ).chunk(2, -1)
             hidden = hidden + layer.down(functional.silu(gate) * up)
         return functional.rms_norm(hidden, hidden.shape[-1:], self.model.norm.weight, self.epsilon)
 

@@ -49,7 +49,8 @@ def request_windows(text: str) -> list[str]:
 def context_of(seen: Sequence[Seen], turns: Sequence[tuple[str, str]]) -> str:
     """Pictures and earlier turns (role, text) as the network reads them."""
     parts = [
-        f"picture: {', '.join(one.labels)}" + (f" words: {neutral(one.words)[:QUOTED_CHARACTERS]}" if one.words.strip() else "")
+        f"picture: {', '.join(one.labels)}"
+        + (f" words: {neutral(one.words)[:QUOTED_CHARACTERS]}" if one.words.strip() else "")
         for one in seen
     ]
     for role, text in turns:
@@ -102,7 +103,10 @@ class Gate:
         windows = request_windows(chat.text)
         pictures = torch.stack([look.features.float().mean(0) for look in looks]) if looks else torch.zeros(0, 1280)
         with torch.inference_mode():
-            made = [network([(window, context) for window in windows], [pictures] * len(windows)) for network in self.networks]
+            made = [
+                network([(window, context) for window in windows], [pictures] * len(windows))
+                for network in self.networks
+            ]
         logits = torch.stack([logit for logit, _ in made]).mean(0)
         worst = int(logits.argmax())
         category = torch.stack([one for _, one in made]).mean(0)[worst]

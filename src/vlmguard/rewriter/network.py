@@ -29,7 +29,8 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + (x @ self.down.T) @ self.up.T * 2
+        made: Tensor = self.linear(x) + (x @ self.down.T) @ self.up.T * 2
+        return made
 
 
 class RiskNetwork(nn.Module):
@@ -63,21 +64,36 @@ class RiskNetwork(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """What we trained, without the encoder's own weights."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder") or name.endswith((".up", ".down"))}
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if not name.startswith("encoder") or name.endswith((".up", ".down"))
+        }
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """Raises ModelError when a tensor is missing, left over or of another shape."""
         own = self.own_state()
-        wrong = [name for name in own.keys() | state.keys() if name not in own or name not in state or own[name].shape != state[name].shape]
+        wrong = [
+            name
+            for name in own.keys() | state.keys()
+            if name not in own or name not in state or own[name].shape != state[name].shape
+        ]
         if wrong:
-            raise ModelError(f"the gate's weights do not fit: {len(wrong)} tensors, such as {wrong[0]}", "Install vlmguard-r1 again.")
+            raise ModelError(
+                f"the gate's weights do not fit: {len(wrong)} tensors, such as {wrong[0]}", "Install vlmguard-r1 again."
+            )
         self.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
 
     def forward(self, pairs: Sequence[tuple[str, str]], pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """`pictures[i]`: (k_i, 1280) pooled features of row i's pictures, k_i >= 0."""
         requests, contexts = zip(*pairs, strict=True)
         tokens = self.tokenizer(
-            list(requests), list(contexts), padding=True, truncation="longest_first", max_length=MAX_TOKENS, return_tensors="pt"
+            list(requests),
+            list(contexts),
+            padding=True,
+            truncation="longest_first",
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
         )
         words = self.encoder.embeddings.word_embeddings(tokens["input_ids"])
         most = max(len(one) for one in pictures)

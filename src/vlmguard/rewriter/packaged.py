@@ -61,7 +61,10 @@ class PackagedRewriter:
         from vlmguard.vlms.packaged import Base
 
         if not (FOLDER / "gate.json").is_file():
-            raise ModelError("the packaged rewriter's weights are missing", "Install vlmguard-r1 again, or train them: runs/packaged.sh.")
+            raise ModelError(
+                "the packaged rewriter's weights are missing",
+                "Install vlmguard-r1 again, or train them: runs/packaged.sh.",
+            )
         base = Base.load("rewriter")
         return cls(base, Gate.load(FOLDER), Sight.load(FOLDER, base.classifier))
 

@@ -1,14 +1,19 @@
-"""What a rewriter is, and the one that any VLM can be: prompted with the protocol's instructions, or trained to its format."""
+"""What a rewriter is, and the one that any VLM can be: prompted with the instructions, or trained to the format."""
 
 from __future__ import annotations
 
+import asyncio
+import io
 import math
 import time
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, runtime_checkable
 
-from vlmguard.chat import Chat, Response, TokenLogprob
+import PIL.Image
+
+from vlmguard.chat import Chat, Image, Response, TokenLogprob
 from vlmguard.errors import RewriteUnreadable
+from vlmguard.images import frames
 from vlmguard.rewriter.protocol import INSTRUCTIONS, VERDICTS, Rewrite, parse_output, render_input
 from vlmguard.vlms.protocol import VLM, Capability, need
 
@@ -41,11 +46,11 @@ class Rewriter(Protocol):
 class Prompted:
     """A rewriter on any VLM: an endpoint or a local model, zero-shot by instructions or with a trained adapter.
 
-    Calls: one with a single output token where the VLM gives logprobs (its first token is the verdict), else one of the
-    whole output; one more for a risky chat.
+    Calls: one with a single output token where the VLM gives logprobs (its first token is the verdict), and one more
+    for a risky chat; else one of the whole output.
 
     Args:
-        vlm: sees every picture of the chat, and its text as quoted data.
+        vlm: sees every picture of the chat, of an animation every frame, and all its text as quoted data.
         instructed: send the instructions as a system message; a model trained on the format needs none.
     """
 
@@ -63,10 +68,11 @@ class Prompted:
     async def judge(self, chat: Chat) -> Rewrite:
         if Capability.LOGPROBS not in self.vlm.can:
             return await self._written(chat)
-        asked = self._asked(chat).with_extra(max_tokens=1, logprobs=True, top_logprobs=20)
-        answer = await self.vlm(asked)
+        asked = await self._asked(chat)
+        answer = await self.vlm(asked.with_extra(max_tokens=1, logprobs=True, top_logprobs=20))
         if not answer.logprobs:
-            return await self._written(chat)
+            written = await self._written(chat)
+            return replace(written, usage=answer.usage + written.usage)
         return Rewrite(verdict_probability(answer.logprobs[0]), usage=answer.usage)
 
     async def __call__(self, chat: Chat, verdict: Rewrite | None = None) -> Rewrite:
@@ -76,32 +82,48 @@ class Prompted:
         await self.vlm.aclose()
 
     async def _written(self, chat: Chat, risk: float | None = None) -> Rewrite:
+        asked = await self._asked(chat)
         begun = time.perf_counter()
-        answer: Response = await self.vlm(self._asked(chat).with_extra(max_tokens=MAX_OUTPUT_TOKENS))
+        answer: Response = await self.vlm(asked.with_extra(max_tokens=MAX_OUTPUT_TOKENS))
         usage = answer.usage if answer.usage.seconds else replace(answer.usage, seconds=time.perf_counter() - begun)
         if answer.finish_reason == "length":
-            raise RewriteUnreadable(f"the rewriter was cut off at {MAX_OUTPUT_TOKENS} tokens", "Use a rewriter trained on the format.")
+            problem = f"the rewriter was cut off at {MAX_OUTPUT_TOKENS} tokens"
+            raise RewriteUnreadable(problem, "Use a rewriter trained on the format.")
         return replace(parse_output(answer.text, risk), usage=usage)
 
-    def _asked(self, chat: Chat) -> Chat:
-        """The chat as data, in one user turn behind all its pictures."""
-        asked = Chat.of(render_input(chat), temperature=0).with_images([image.url for image in chat.images])
+    async def _asked(self, chat: Chat) -> Chat:
+        """The chat as data, in one user turn behind all its pictures. Raises ImageError where one cannot be read."""
+        pictures = await asyncio.to_thread(lambda: [shot for image in chat.images for shot in _shots(image)])
+        asked = Chat.of(render_input(chat, whole=True), temperature=0).with_images(pictures)
         return asked.with_system(INSTRUCTIONS) if self.instructed else asked
+
+
+def _shots(image: Image) -> list[str | bytes]:
+    """A picture as it came, or an animation's frames as PNG: most servers show a model the first one alone (F400)."""
+    shots = frames(image)
+    return [image.url] if len(shots) == 1 else [_png(shot) for shot in shots]
+
+
+def _png(frame: PIL.Image.Image) -> bytes:
+    data = io.BytesIO()
+    frame.save(data, "PNG")
+    return data.getvalue()
 
 
 def verdict_probability(first: TokenLogprob) -> float:
     """P(risky) / (P(risky) + P(safe)) from the first token's alternatives.
 
-    A token counts for the verdict that it begins ("ris", " Risky"). Raises RewriteUnreadable when neither is among them.
+    A token counts for the verdict that it begins ("ris", " Risky", "▁safe"). Raises RewriteUnreadable when there is
+    neither.
     """
     mass = dict.fromkeys(VERDICTS, 0.0)
     for token, logprob in {first.token: first.logprob, **first.top}.items():
-        bare = token.strip().lower()
+        bare = token.strip("▁Ġ \t\r\n").lower()
         for verdict in VERDICTS:
             if len(bare) > 1 and verdict.startswith(bare):
                 mass[verdict] += math.exp(logprob)
     total = sum(mass.values())
     if total < 0.01:
-        raise RewriteUnreadable(f"the rewriter's first token is {first.token!r}", "Expected safe or risky: use a larger or a trained rewriter.")
+        remedy = "Expected safe or risky: use a larger or a trained rewriter."
+        raise RewriteUnreadable(f"the rewriter's first token is {first.token!r}", remedy)
     return mass["risky"] / total
-

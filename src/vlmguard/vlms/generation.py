@@ -29,8 +29,7 @@ Processor: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
 class Engine:
-    """A transformers model with its processor: prompts in, decoded rows out. Not for several threads at
-    once."""
+    """A transformers model with its processor: prompts in, decoded rows out. For one thread at a time."""
 
     def __init__(self, model: Any, processor: Any, name: str) -> None:
         self.model = model
@@ -46,9 +45,7 @@ class Engine:
     def first_tokens(self, word: str) -> frozenset[int]:
         """The tokens that `word` starts with, spelled with and without a space before it."""
         spelled = (self.tokenizer.encode(text, add_special_tokens=False)[:1] for text in (word, f" {word}"))
-        return frozenset(
-            token for tokens in spelled for token in tokens if self.tokenizer.decode([token]).strip()
-        )
+        return frozenset(token for tokens in spelled for token in tokens if self.tokenizer.decode([token]).strip())
 
     def probe(self) -> Tensor:
         """The next token's logits (V,) after a fixed question about a fixed picture, to tell models apart."""
@@ -62,10 +59,7 @@ class Engine:
         return logits
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Generate for rows of one key, until each has settled its future.
-
-        Raises TargetError where the model fails; errors of patches and processors come as they are.
-        """
+        """Generate for rows of one key, until each has settled its future. Raises TargetError."""
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -83,13 +77,13 @@ class Engine:
                     stopping_criteria=StoppingCriteriaList([progress.watch]),
                 )
         except (RuntimeError, ValueError, IndexError) as error:  # out of memory is a RuntimeError
-            raise TargetError(
-                f"{self.name} failed: {error}", "With too little memory, lower max_batch."
-            ) from error
+            what = str(error).partition("\n")[0]
+            raise TargetError(f"{self.name} failed: {what}", "Out of memory? Lower max_batch.") from error
+        for row in rows:
+            row.end()
 
     def _plain_config(self, max_tokens: int | None) -> Any:
-        """What was asked and nothing else: a checkpoint's own sampling defaults and penalties do not
-        apply."""
+        """What was asked and nothing else: a checkpoint's own sampling defaults do not apply."""
         from transformers import GenerationConfig
 
         return GenerationConfig(
@@ -145,13 +139,10 @@ class Row:
     def prepare(self) -> Hashable:
         self.prompt = self.engine.prompt(self.chat)
         self.other = None if self.contrast is None else self.engine.prompt(self.contrast.chat)
-        self.settings = self.wanted.fitted(self.prompt, self.engine.context_tokens, self.engine.name)
+        tokens = max(self.prompt.tokens, self.other.tokens if self.other else 0)
+        self.settings = self.wanted.fitted(tokens, self.engine.context_tokens, self.engine.name)
         self.transcript = Transcript(self.engine.tokenizer, self.settings.stop)
-        against = (
-            None
-            if self.contrast is None or self.other is None
-            else (self.contrast.function, self.other.shape)
-        )
+        against = (self.contrast.function, self.other.shape) if self.contrast and self.other else None
         return (self.settings, self.processors, self.patches, against, self.prompt.shape)
 
     def run(self, batch: Sequence[Row]) -> None:
@@ -183,11 +174,10 @@ class Row:
         logprobs = logits.float().log_softmax(-1)
         best = logprobs.topk(count)
         words = [self.engine.tokenizer.decode([index]) for index in best.indices.tolist()]
-        top = dict(
-            reversed(list(zip(words, best.values.tolist(), strict=True)))
-        )  # of equal words the likelier stays
-        ordered = dict(sorted(top.items(), key=lambda item: -item[1]))
-        return TokenLogprob(self.engine.tokenizer.decode([token]), float(logprobs[token]), ordered)
+        top: dict[str, float] = {}
+        for word, logprob in zip(words, best.values.tolist(), strict=True):
+            top.setdefault(word, logprob)  # likeliest first
+        return TokenLogprob(self.engine.tokenizer.decode([token]), float(logprobs[token]), top)
 
     def accept(self, token: int) -> None:
         """Take the token, and finish where it ends the answer."""
@@ -212,6 +202,11 @@ class Row:
         usage = Usage(2 if self.other else 1, read, self.generated, time.perf_counter() - self.started)
         settle(self.future, Response(self.transcript.text, reason, usage, logprobs=tuple(self.logprobs)))
 
+    def end(self) -> None:
+        """Settle what the model left unfinished, if anything."""
+        if not self.done:
+            self._finish("length")
+
     def _show(self, text: str) -> None:
         if text and self.emit is not None:
             self.emit(text)
@@ -224,9 +219,7 @@ class _Progress:
     same tokens.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], contrast: Contrast | None, processors: Sequence[Processor]
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], contrast: Contrast | None, processors: Sequence[Processor]) -> None:
         self.rows = rows
         self.contrast = contrast
         self.processors = processors
@@ -242,26 +235,22 @@ class _Progress:
             logits = processor(ids, logits)
         greedy = logits.argmax(-1).tolist()
         if bool(logits.isnan().any()):
-            raise TargetError(
-                "the model's logits are not numbers", "Weaken the patches, or load it in float32."
-            )
+            raise TargetError("the model's logits are not numbers", "Weaken the patches, or load it in float32.")
         self.tokens = [
             token if row.done else row.choose(logits[at], token)
             for at, (row, token) in enumerate(zip(self.rows, greedy, strict=True))
         ]
         chosen = torch.tensor(self.tokens, device=logits.device).repeat(total // count)
-        return torch.full((total, logits.shape[-1]), -torch.inf, device=logits.device).scatter(
-            1, chosen[:, None], 0.0
-        )
+        nothing = torch.full((total, logits.shape[-1]), -torch.inf, device=logits.device)
+        return nothing.scatter(1, chosen[:, None], 0.0)
 
     def watch(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         import torch
 
         for row, token in zip(self.rows, self.tokens, strict=True):
             row.accept(token)
-        return torch.tensor([row.done for row in self.rows], device=ids.device).repeat(
-            len(ids) // len(self.rows)
-        )
+        done = torch.tensor([row.done for row in self.rows], device=ids.device)
+        return done.repeat(len(ids) // len(self.rows))
 
 
 class Transcript:
@@ -287,17 +276,13 @@ class Transcript:
 
     def close(self) -> str:
         """The text that was still held back."""
-        return (
-            ""
-            if self.stopped
-            else self._let_through(self._decoded()[len(self._decoded(self._end)) :], last=True)
-        )
+        if self.stopped:
+            return ""
+        return self._let_through(self._decoded()[len(self._decoded(self._end)) :], last=True)
 
     def _decoded(self, end: int | None = None) -> str:
         tokens = self._tokens[self._start : end]
-        return str(
-            self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _let_through(self, new: str, last: bool) -> str:
         text = self._held + new

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+ONE_TOKEN = Settings(max_tokens=1)
+
 
 class Local:
-    """Any image-text model of transformers: greedy unless the request says otherwise, batched, steerable for
-    one call.
+    """Any image-text model of transformers: batched, steerable for one call.
 
     Calls that wait together and have equal settings, processors and patches run as one batch, with the
     answers they would have had alone (in bfloat16 up to rounding). What a request may set: max_tokens
@@ -146,7 +147,7 @@ class Local:
             row.future.cancel()
 
     async def aclose(self) -> None:
-        """Cancel the calls that wait, and let the running batch end."""
+        """Fail the calls that wait, and let the running batch end."""
         await self._batcher.aclose()
 
     async def first_token(
@@ -158,8 +159,7 @@ class Local:
         patches: Sequence[Patch] = (),
         contrast: Contrast | None = None,
     ) -> dict[str, float]:
-        """The probability that the answer starts with each choice, from one prefill: a share of the whole
-        vocabulary.
+        """The probability that the answer starts with each choice, of the whole vocabulary, from one prefill.
 
         A choice counts by its first token, spelled with and without a space before it.
 
@@ -174,8 +174,7 @@ class Local:
                 "Choose words that begin differently.",
             )
         probabilities: list[Tensor] = []
-        row = self._row(chat, processors, patches, contrast, None)
-        row.wanted = Settings(max_tokens=1)
+        row = Row(self._engine, chat, ONE_TOKEN, tuple(processors), tuple(patches), contrast)
         row.inspect = lambda logits: probabilities.append(logits.float().softmax(-1))
         await self._batcher.do(row)
         return {choice: float(probabilities[0][list(found)].sum()) for choice, found in tokens.items()}
@@ -199,9 +198,8 @@ class Local:
 
             return function
 
-        row = self._row(chat, (), (*patches, *(Patch(layer, keep(layer)) for layer in layers)), None, None)
-        row.wanted = Settings(max_tokens=1)
-        await self._batcher.do(row)
+        keeping = [Patch(layer, keep(layer)) for layer in layers]
+        await self._batcher.do(Row(self._engine, chat, ONE_TOKEN, (), (*patches, *keeping)))
         return states
 
     async def pixel_gradient(

@@ -53,15 +53,15 @@ def _adapted(adapter: str) -> tuple[Any, Any]:
             "Install vlmguard-r1 again, or train them: runs/packaged.sh.",
         )
     folder = assemble.ensure(_say)
-    with _quiet():
+    with _Quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
-        processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+        processor = AutoProcessor.from_pretrained(folder)
     model.model.multi_modal_projector.load_state_dict(load_file(WEIGHTS / "projector.safetensors"))
     adapted = put_adapter(model, str(WEIGHTS / adapter), lambda one: Engine(one, processor, adapter).probe())
     return adapted.merge_and_unload().eval(), processor
 
 
-class _quiet:
+class _Quiet:
     """No progress bars of transformers while it loads."""
 
     def __enter__(self) -> None:
@@ -101,7 +101,7 @@ class Base:
             return torch.zeros(0, assemble.IMAGE_TOKENS, 1280)
         pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            grid = self.tower(pixels)
+            grid: Tensor = self.tower(pixels)
         return grid.flatten(2).permute(0, 2, 1)
 
     @property
@@ -114,9 +114,7 @@ class Base:
             tower.float()
         return lambda pixels: tower(pixels).last_hidden_state
 
-    def generate(
-        self, text: str, pictures: Sequence[Tensor], start: str, max_tokens: int
-    ) -> tuple[str, int, int]:
+    def generate(self, text: str, pictures: Sequence[Tensor], start: str, max_tokens: int) -> tuple[str, int, int]:
         """(written text, prompt tokens, written tokens), greedy, after the answer's given beginning `start`.
 
         Args:
@@ -137,12 +135,8 @@ class Base:
         with torch.inference_mode():
             embedded = self.model.model.language_model.embed_tokens(torch.tensor([ids]))
             if pictures:
-                projected = self.model.model.multi_modal_projector(
-                    torch.stack(list(pictures)).to(embedded.dtype)
-                )
-                embedded = embedded.masked_scatter(
-                    (torch.tensor([ids]) == image_token).unsqueeze(-1), projected
-                )
+                projected = self.model.model.multi_modal_projector(torch.stack(list(pictures)).to(embedded.dtype))
+                embedded = embedded.masked_scatter((torch.tensor([ids]) == image_token).unsqueeze(-1), projected)
             made = self._decoder(
                 embedded, max_tokens, {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmguard.chat import Chat, Image, Message, Text
-from vlmguard.errors import ContextTooLong, ModelError, TargetError
+from vlmguard.errors import ContextTooLong, TargetError
 from vlmguard.images import frames, model_ready
 from vlmguard.parts import Part, flat
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PLACEHOLDERS = (
-    "image_token",
-    "boi_token",
-)  # a processor's names for what stands for a picture in the template's text
+# A processor's names for what stands for a picture in the template's text.
+PLACEHOLDERS = ("image_token", "boi_token")
 
 
 @dataclass(frozen=True)
@@ -37,17 +35,12 @@ class Prompt:
     def shape(self) -> Hashable:
         """Rows with equal shapes can be one batch: what is not a sequence is laid end to end."""
         return tuple(
-            sorted(
-                (name, *value.shape[1:]) for name, value in self.tensors.items() if not self.sequence(name)
-            )
+            sorted((name, *value.shape[1:]) for name, value in self.tensors.items() if not self.sequence(name))
         )
 
     def sequence(self, name: str) -> bool:
         """Whether a tensor has one entry a token, and so is padded."""
-        return (
-            not name.startswith(("pixel", "image"))
-            and self.tensors[name].shape == self.tensors["input_ids"].shape
-        )
+        return not name.startswith(("pixel", "image")) and self.tensors[name].shape == self.tensors["input_ids"].shape
 
 
 class Prompter:
@@ -78,9 +71,7 @@ class Prompter:
                 add_special_tokens=not (bos and rendered.startswith(bos)),
             )
         except (ValueError, TypeError, IndexError) as error:
-            raise TargetError(
-                f"the processor of {self.name} cannot take this conversation: {error}"
-            ) from error
+            raise TargetError(f"the processor of {self.name} cannot take this conversation: {error}") from error
         prompt = Prompt(dict(tensors), bool(pictures))
         if self.context_tokens is not None and prompt.tokens >= self.context_tokens:
             raise ContextTooLong(
@@ -90,8 +81,7 @@ class Prompter:
         return prompt
 
     def _turn(self, message: Message) -> dict[str, Any]:
-        """A message as templates take it: text and pictures in place; adjacent texts are joined by a line
-        break."""
+        """A message as templates take it: its pieces in place, adjacent texts joined by a line break."""
         role = message.role.strip().lower()
         content: list[dict[str, Any]] = []
         for piece in _pieces(message, role):
@@ -108,8 +98,7 @@ class Prompter:
         return {"role": known.get(role, "user"), "content": content or [{"type": "text", "text": ""}]}
 
     def _render(self, turns: list[dict[str, Any]]) -> tuple[str, list[Any]]:
-        """The template's text of the first layout that keeps every text and picture, and the pictures in its
-        order."""
+        """What the template makes of the first layout that it keeps whole, and the pictures in order."""
         from jinja2 import TemplateError
 
         problem = "it has no chat template"
@@ -118,27 +107,20 @@ class Prompter:
         for layout in layouts:
             written = layout()
             try:
-                rendered = self.processor.apply_chat_template(
-                    written, tokenize=False, add_generation_prompt=True
-                )
-            except (
-                TemplateError,
-                ValueError,
-                TypeError,
-            ) as error:  # a template that adds lists to strings: TypeError
+                rendered = self.processor.apply_chat_template(written, tokenize=False, add_generation_prompt=True)
+            except (TemplateError, ValueError, TypeError) as error:  # TypeError: it adds strings to lists
                 problem = str(error)
                 continue
             if self._keeps(rendered, written):
                 return rendered, _pictures(written)
             problem = "it drops a turn or a picture"
-        raise ModelError(
+        raise TargetError(
             f"the chat template of {self.name} cannot write this conversation: {problem}",
             "Try a conversation of user and assistant turns with text and pictures in the user's.",
         )
 
     def _keeps(self, rendered: str, turns: Iterable[dict[str, Any]]) -> bool:
-        """Whether the users' and system's words are all there, as words (not as Python's repr), with every
-        picture."""
+        """Whether the users' and system's words are there, not as Python's repr, with every picture."""
         texts = [text.strip() for turn in turns if turn["role"] != "assistant" for text in _texts(turn)]
         if not all(text in rendered for text in texts):
             return False
@@ -172,11 +154,7 @@ def _piece(part: Part) -> Iterable[Any]:
 
 def _texts(turn: Mapping[str, Any]) -> list[str]:
     content = turn["content"]
-    return (
-        [content]
-        if isinstance(content, str)
-        else [part["text"] for part in content if part["type"] == "text"]
-    )
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _pictures(turns: Iterable[Mapping[str, Any]]) -> list[Any]:
@@ -185,8 +163,7 @@ def _pictures(turns: Iterable[Mapping[str, Any]]) -> list[Any]:
 
 
 def merged(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns without a system role (it leads the first user turn) and without two turns of one role in a
-    row."""
+    """The turns with the system's in front of the first user's, and without two of one role in a row."""
     gap = {"type": "text", "text": "\n\n"}
     lead = [part for turn in turns if turn["role"] == "system" for part in (*turn["content"], gap)]
     rest = [turn for turn in turns if turn["role"] != "system"]
@@ -197,9 +174,7 @@ def merged(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if joined and joined[-1]["role"] == turn["role"]:
             joined[-1]["content"] += [gap, *turn["content"]]
         else:
-            joined.append(
-                {"role": turn["role"], "content": [*(lead if not joined else ()), *turn["content"]]}
-            )
+            joined.append({"role": turn["role"], "content": [*(lead if not joined else ()), *turn["content"]]})
     return joined
 
 
@@ -209,18 +184,13 @@ def as_strings(turns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def neutraliser(processor: Any) -> Callable[[str], str]:
-    """A function that breaks whatever the tokenizer or the processor would read as a special token: `<image>`
-    -> `< image>`."""
+    """A function that breaks whatever would be read as a special token: `<image>` -> `< image>`."""
     tokenizer = processor.tokenizer
     added = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or _markup(token.content)
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special or _markup(token.content)
     ]
     tags = [
-        value
-        for name, value in vars(processor).items()
-        if name.endswith(("_token", "_tag")) and isinstance(value, str)
+        value for name, value in vars(processor).items() if name.endswith(("_token", "_tag")) and isinstance(value, str)
     ]
     marks = sorted(
         {mark for mark in (*tokenizer.all_special_tokens, *added, *tags) if mark.strip()},
@@ -234,51 +204,37 @@ def neutraliser(processor: Any) -> Callable[[str], str]:
 
     def plain(text: str) -> str:
         for _ in range(4):
-            spans = [match.span() for match in pattern.finditer(text)] or _special_spans(
-                tokenizer, text, special
-            )
+            spans = [match.span() for match in pattern.finditer(text)] or _special_spans(tokenizer, text, special)
             if not spans:
                 return text
             for start, end in reversed(spans):
-                text = (
-                    f"{text[: start + 1]} {text[start + 1 :]}"
-                    if end - start > 1
-                    else text[:start] + text[end:]
-                )
+                text = f"{text[: start + 1]} {text[start + 1 :]}" if end - start > 1 else text[:start] + text[end:]
         return pattern.sub(" ", text)
 
     return plain
 
 
 def _markup(token: str) -> bool:
-    """Of tokens that are not called special: `<|...|>`, `<tool_call>`, `[INST]`; not HTML, which Gemma
-    lists."""
+    """Of tokens not called special: `<|...|>`, `<tool_call>`, `[INST]`; not HTML, which Gemma has."""
     return re.search(r"[|_\[\]]", token) is not None
 
 
 def _special_spans(tokenizer: Any, text: str, special: set[int]) -> list[tuple[int, int]]:
-    """Where the tokenizer still finds special tokens, after its own normalising (full-width letters,
-    case)."""
+    """Where the tokenizer still finds special tokens, once it has normalised width or case."""
     if not tokenizer.is_fast:
         return []
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        span
-        for token, span in zip(read["input_ids"], read["offset_mapping"], strict=True)
-        if token in special
-    ]
+    return [span for token, span in zip(read["input_ids"], read["offset_mapping"], strict=True) if token in special]
 
 
 def collate(prompts: Sequence[Prompt], pad: int, device: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One batch of rows of equal `shape`: sequences padded on the left, pictures laid end to end in the order
-    of the rows."""
+    """One batch of rows of equal `shape`: sequences padded on the left, pictures end to end in their
+    order."""
     import torch
 
     longest = max(prompt.tokens for prompt in prompts)
     batch: dict[str, Tensor] = {}
-    for name, sequence in {
-        name: prompt.sequence(name) for prompt in prompts for name in prompt.tensors
-    }.items():
+    for name, sequence in {name: prompt.sequence(name) for prompt in prompts for name in prompt.tensors}.items():
         if sequence:
             blank = torch.zeros((1, 0), dtype=torch.long)
             rows = [prompt.tensors.get(name, blank) for prompt in prompts]

@@ -26,8 +26,7 @@ class Capability(StrEnum):
 
 @runtime_checkable
 class VLM(Protocol):
-    """A chat in, a response out. `stream` gives text, then exactly one Response with all of that text in
-    it."""
+    """A chat in, a response out. `stream` gives text, then exactly one Response with all of it."""
 
     @property
     def name(self) -> str: ...
@@ -54,8 +53,7 @@ def need(vlm: VLM, capabilities: Iterable[Capability], guard: str) -> None:
 
 @asynccontextmanager
 async def closing(stream: AsyncIterator[str | Response]) -> AsyncIterator[AsyncIterator[str | Response]]:
-    """A stream that is closed at the end of the block, whatever happens in it: closing it ends the
-    generation."""
+    """A stream that is closed at the end of the block, which ends the generation."""
     try:
         yield stream
     finally:

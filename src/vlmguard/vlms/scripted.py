@@ -31,9 +31,7 @@ class Scripted:
         *,
         name: str = "scripted",
         delay: float = 0.0,
-        can: frozenset[Capability] = frozenset(
-            {Capability.TEXT, Capability.NO_IMAGE, Capability.TEMPERATURE}
-        ),
+        can: frozenset[Capability] = frozenset({Capability.TEXT, Capability.NO_IMAGE, Capability.TEMPERATURE}),
     ) -> None:
         self.name = name
         self.can = can

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 from vlmguard.errors import BadRequest, ContextTooLong
-from vlmguard.vlms.prompts import Prompt
 
 Number = TypeVar("Number", int, float)
 
@@ -47,34 +46,30 @@ class Settings:
 
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> Self:
-        """The settings that a request's other fields ask for. Raises BadRequest for a wrong or an impossible
-        one."""
+        """What a request's other fields ask for. Raises BadRequest for a wrong or an impossible one."""
         for name, nothing in REFUSED.items():
             if extra.get(name) not in nothing:
-                raise BadRequest(
-                    f"a local model does not do {name}", "Leave it out, or use an endpoint.", param=name
-                )
+                raise BadRequest(f"a local model does not do {name}", "Leave it out, or use an endpoint.", param=name)
         tokens = "max_completion_tokens" if extra.get("max_completion_tokens") is not None else "max_tokens"
         stop = extra.get("stop") or ()
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise BadRequest("stop: expected a text or a list of texts", param="stop")
         top = _number(extra, "top_logprobs", 0, MAX_TOP_LOGPROBS, int)
         return cls(
             max_tokens=_number(extra, tokens, 1, 2**31, int),
             temperature=_number(extra, "temperature", 0, 100, float) or 0.0,
             top_p=_number(extra, "top_p", 1e-6, 1, float) or 1.0,
-            stop=stop,
+            stop=tuple(stop),
             top_logprobs=(top or 0) if extra.get("logprobs") else None,
         )
 
-    def fitted(self, prompt: Prompt, context_tokens: int | None, name: str) -> Self:
-        """The settings with `max_tokens` decided. Raises ContextTooLong when what was asked for does not
-        fit."""
-        room = None if context_tokens is None else context_tokens - prompt.tokens
+    def fitted(self, prompt_tokens: int, context_tokens: int | None, name: str) -> Self:
+        """The settings with `max_tokens` decided. Raises ContextTooLong when that does not fit."""
+        room = None if context_tokens is None else context_tokens - prompt_tokens
         if self.max_tokens is not None and room is not None and self.max_tokens > room:
             raise ContextTooLong(
-                f"the conversation has {prompt.tokens} tokens and max_tokens is {self.max_tokens}, "
+                f"the conversation has {prompt_tokens} tokens and max_tokens is {self.max_tokens}, "
                 f"{name} takes {context_tokens}",
                 "Shorten the conversation or lower max_tokens.",
             )
@@ -85,9 +80,7 @@ def seed_of(extra: Mapping[str, Any]) -> int | None:
     return _number(extra, "seed", -(2**63), 2**63 - 1, int)
 
 
-def _number(
-    extra: Mapping[str, Any], name: str, low: float, high: float, kind: type[Number]
-) -> Number | None:
+def _number(extra: Mapping[str, Any], name: str, low: float, high: float, kind: type[Number]) -> Number | None:
     value = extra.get(name)
     if value is None:
         return None

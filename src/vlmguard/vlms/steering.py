@@ -1,5 +1,4 @@
-"""Change what a local model computes, for one call: hidden-state patches and decoding against a second
-conversation.
+"""Change what a local model computes, for one call: patch hidden states, decode against another conversation.
 
 Both are arguments of the call. The hooks exist only while the model's one worker runs that call's batch, so
 two guards on one model never see each other's.
@@ -67,11 +66,9 @@ class Patch:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Decode against a second conversation: every step's logits become `function(logits, other)`, both (B, V)
-    float32.
+    """Decode against a second conversation: a step's logits become `function(logits, other)`, (B, V) float32.
 
-    Both conversations get the chosen token and run in one batch, so patches see both, and so do the other
-    conversation's pictures.
+    The other conversation keeps its pictures and gets the same tokens. Both run in one batch, patches too.
     """
 
     chat: Chat
@@ -79,8 +76,7 @@ class Contrast:
 
 
 def decoder_layers(model: Any) -> Sequence[Any]:
-    """The language model's layers, in order. Raises ModelError when they can't be told from the model's other
-    parts."""
+    """The language model's layers, in order. Raises ModelError when they can't be found."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -102,8 +98,7 @@ def _follow(model: Any, path: str) -> Any:
 
 @contextmanager
 def patched(model: Any, patches: Sequence[Patch], mask: Tensor, image: Tensor) -> Iterator[None]:
-    """Hooks for `patches` on one batch: `mask` is the prompt's (B, T) attention mask, `image` the (B,) rows
-    with a picture."""
+    """Hooks for one batch: `mask` is the (B, T) attention mask, `image` (B,) the rows with a picture."""
     with ExitStack() as hooks:
         layers = decoder_layers(model) if patches else ()
         for patch in patches:
@@ -120,9 +115,8 @@ def _hook(patch: Patch, mask: Tensor, image: Tensor) -> Callable[[Any, Any, Any]
     def hook(module: Any, arguments: Any, output: Any) -> Any:
         nonlocal step
         step += 1
-        hidden = (
-            output[0] if isinstance(output, tuple) else output
-        )  # a tuple before transformers 4.5x, a tensor since
+        # A tuple before transformers 4.5x, a tensor since.
+        hidden = output[0] if isinstance(output, tuple) else output
         here = mask if step == 0 else mask.new_ones(hidden.shape[:2])
         changed = patch.function(hidden, Rows(here.to(hidden.device), image.to(hidden.device), step))
         if changed.shape != hidden.shape:
