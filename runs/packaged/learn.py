@@ -133,9 +133,8 @@ def train(
         seen += len(batch)
         recent = [*recent[-49:], loss.item()]
         if step % 20 == 0:
-            report(
-                f"step {step} epoch {step / per_epoch:.2f} loss {sum(recent) / len(recent):.3f} rows/s {seen / (time.perf_counter() - begun):.1f}"
-            )
+            speed = seen / (time.perf_counter() - begun)
+            report(f"step {step} epoch {step / per_epoch:.2f} loss {sum(recent) / len(recent):.3f} rows/s {speed:.1f}")
     return {
         "steps": step,
         "rows": seen,

@@ -226,7 +226,7 @@ def opening(category: str | None) -> str:
 
 
 _OUTPUT: Final = re.compile(  # of classes that never overlap: an output of blanks alone must not take long
-    r"\s*risky[^\S\n]*\n\s*category:[^\S\n]*(?P<category>\w[\w \t\r-]*)\n\s*text:\s*(?P<text>\S[^\n]*)\n"
+    r"\s*risky[^\S\n]*\n\s*category:\s*(?P<category>\w[\w \t\r-]*)\n\s*text:\s*(?P<text>\S[^\n]*)\n"
     r"\s*image:\s*(?P<image>\S[^\n]*)\n\s*together:\s*(?P<together>\S[^\n]*)\n\s*prompt:\s*(?P<prompt>\S.*)",
     re.DOTALL | re.IGNORECASE,
 )
