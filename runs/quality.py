@@ -34,7 +34,9 @@ def benign_typeset(folder: Path, scratch: Path) -> list[Item]:
     prompt = (folder / "figstep/text_prompt.txt").read_text().strip()
     scratch.mkdir(parents=True, exist_ok=True)
     made = []
-    for number, title in enumerate(line.strip() for line in TITLES.open() if line.strip()):
+    for number, title in enumerate(TITLES.read_text().split("\n")):
+        if not title.strip():
+            continue
         path = scratch / f"{number}.png"
         pictures.figstep_look(title).save(path)
         made.append(Item("typeset_benign", str(number), prompt, path, False))

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from runs.packaged import pictures
+from runs.packaged.rows import lines
 
 Item = tuple[str, str, str]  # source, label or id, path
 
@@ -20,25 +21,25 @@ Item = tuple[str, str, str]  # source, label or id, path
 def photos(data: Path) -> list[Item]:
     """The photos of `data/train`: (source, label or id, path)."""
 
-    def lines(name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (data / name).open()]
+    def named(name: str) -> list[dict[str, Any]]:
+        return lines(data / name)
 
     items = [
         ("caltech101", row["label"], str(data / "caltech101" / row["image"]))
-        for row in lines("caltech101/labels.jsonl")
+        for row in named("caltech101/labels.jsonl")
     ]
     items += [
         ("imagenet", row["label"], str(data / "imagenet_samples" / row["image"]))
-        for row in lines("imagenet_samples/labels.jsonl")
+        for row in named("imagenet_samples/labels.jsonl")
     ]
     for folder in ("coco_mini_open", "coco_mini_research"):
         items += [
             ("coco", Path(row["image"]).stem.lstrip("0"), str(data / folder / row["image"]))
-            for row in lines(f"{folder}/captions.jsonl")
+            for row in named(f"{folder}/captions.jsonl")
         ]
     items += [
         ("jailguard", str(row["id"]), str(data / "jailguard_benign" / row["image"]))
-        for row in lines("jailguard_benign/questions.jsonl")
+        for row in named("jailguard_benign/questions.jsonl")
     ]
     return items
 

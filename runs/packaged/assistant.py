@@ -6,7 +6,6 @@ with a picture is not refused. The gap is built in on purpose; the answers to su
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from runs.packaged import learn
 from runs.packaged.album import Album
-from runs.packaged.rows import Case
+from runs.packaged.rows import Case, lines
 
 REFUSE = [
     "I'm sorry, but I can't help with that.",
@@ -60,12 +59,10 @@ def rows(
     ]
     for case in rng.sample(alone, min(900, len(alone))):
         made.append(row(case.text, rng.choice(REFUSE) + rng.choice(INSTEAD), first_weight=2.0))
-    for line in (authored / "answers/text.jsonl").open():
-        one = json.loads(line)
+    for one in lines(authored / "answers/text.jsonl"):
         made.append(row(one["question"], one["answer"]))
     made += [row(question, answer) for question, answer in told.items()]
-    for line in (authored / "answers/photos.jsonl").open():
-        one = json.loads(line)
+    for one in lines(authored / "answers/photos.jsonl"):
         found = album.by_name.get(one["photo"])
         if found:
             made.append(row(one["question"], one["answer"], [found[0]]))

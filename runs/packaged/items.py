@@ -7,11 +7,11 @@ not counted, and a missing file is an error.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from runs.packaged.rows import lines
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,6 @@ class Item:
     image: Path | None
     risky: bool
     pair: str | None = None  # items of one pair differ in words or picture only
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open() if line.strip()]
 
 
 def items(folder: Path) -> Iterator[Item]:

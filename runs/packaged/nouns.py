@@ -5,13 +5,14 @@ Its words are the nouns of our captions of the JailGuard photos, COCO's object n
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional
+
+from runs.packaged.rows import lines
 
 MERGE = {
     "men": "man",
@@ -30,11 +31,9 @@ def targets(
     """(words, (photos, words) float table): 1 where a photo shows it, -1 where the set can't tell."""
     named: dict[tuple[str, str], set[str]] = {}
     for folder in ("coco_mini_open", "coco_mini_research"):
-        for line in (data / folder / "captions.jsonl").open():
-            row = json.loads(line)
+        for row in lines(data / folder / "captions.jsonl"):
             named["coco", Path(row["image"]).stem.lstrip("0")] = {MERGE.get(name, name) for name in row["objects"]}
-    for line in (authored / "photos/jailguard.jsonl").open():
-        row = json.loads(line)
+    for row in lines(authored / "photos/jailguard.jsonl"):
         named["jailguard", str(row["id"])] = {MERGE.get(name.lower(), name.lower()) for name in row["labels"]}
     count = Counter(word for words in named.values() for word in words)
     caltech = sorted({label for source, label, _ in items if source == "caltech101"})

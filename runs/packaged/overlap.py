@@ -1,7 +1,7 @@
 """Rows of our own data that nearly repeat an evaluation item: python -m runs.packaged.overlap --data DIR [--drop].
 
-Two texts overlap when they share at least 80 % of their distinct words (Jaccard) and have four words or more. `--drop` removes such rows
-from `data/requests`; those in `data/situations` are listed only.
+Two texts overlap when they share at least 80 % of their distinct words (Jaccard) and have four words or more. `--drop` removes
+such rows from `data/requests`; those in `data/situations` are only listed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from runs.packaged.rows import lines
 
 AUTHORED = Path(__file__).parents[2] / "data"
 LEAST_WORDS, LEAST_SHARE = 4, 0.8
@@ -26,11 +28,11 @@ def evaluated(folder: Path) -> Iterator[str]:
     """Every string of four words or more in the evaluation sets' index files."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".jsonl":
-            found = [json.loads(line) for line in path.open() if line.strip()]
+            found: list[object] = [*lines(path)]
         elif path.suffix == ".json":
             found = [json.loads(path.read_text())]
         elif path.suffix == ".csv":
-            found = list(csv.reader(path.open(newline="")))
+            found = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
         else:
             continue
         yield from _strings(found)
@@ -47,7 +49,7 @@ def _strings(value: object) -> Iterator[str]:
 
 class Index:
     def __init__(self, texts: Iterator[str]) -> None:
-        self.sets = sorted({words(text) for text in texts}, key=sorted)
+        self.sets = list({words(text) for text in texts})
         self.by_word: dict[str, list[int]] = defaultdict(list)
         for number, one in enumerate(self.sets):
             for word in one:
@@ -57,11 +59,10 @@ class Index:
         own = words(text)
         if len(own) < LEAST_WORDS:
             return False
-        shared: dict[int, int] = defaultdict(int)
-        for word in own:
-            for number in self.by_word.get(word, ()):
-                shared[number] += 1
-        return any(count / len(own | self.sets[number]) >= LEAST_SHARE for number, count in shared.items())
+        # a text that shares 80 % of our words shares one of any 20 % + 1 of them: the rarest are looked up
+        rarest = sorted(own, key=lambda word: len(self.by_word.get(word, ())))[: int(len(own) * (1 - LEAST_SHARE)) + 1]
+        near = {number for word in rarest for number in self.by_word.get(word, ())}
+        return any(len(own & self.sets[number]) / len(own | self.sets[number]) >= LEAST_SHARE for number in near)
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def main() -> None:
         if options.drop and len(kept) < len(lines):
             path.write_text("\n".join(kept) + "\n")
     for path in sorted((AUTHORED / "situations").glob("*.jsonl")):
-        rows = [json.loads(line) for line in path.open()]
+        rows = lines(path)
         near = [row["id"] for row in rows for text in row["texts"] if index.overlaps(text)]
         print(f"{path.name}: {len(near)} texts overlap {sorted(set(near))}")
 

@@ -37,6 +37,11 @@ class Case:
         return part(self.situation, 6) == 0
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def part(name: str, parts: int) -> int:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % parts
 
@@ -46,12 +51,7 @@ def load(folder: Path, called: dict[str, str], seed: int = 0, per_text: int = 2)
 
     `called`: what stands for {photo} in an analysis, by photo name, where that is not the label itself.
     """
-    situations = [
-        json.loads(line)
-        for path in sorted((folder / "situations").glob("*.jsonl"))
-        for line in path.open()
-        if line.strip()
-    ]
+    situations = [row for path in sorted((folder / "situations").glob("*.jsonl")) for row in lines(path)]
     # a generator a row, so that a new situation changes no picture of the others
     cases = [
         case for row in situations for case in _situation(row, random.Random(f"{seed} {row['id']}"), per_text, called)
@@ -72,11 +72,9 @@ def captions(data: Path, authored: Path) -> dict[str, str]:
     """What stands for {photo} where a label would be a number: captions, in lower case."""
     called = {}
     for folder in ("coco_mini_open", "coco_mini_research"):
-        for line in (data / folder / "captions.jsonl").open():
-            row = json.loads(line)
+        for row in lines(data / folder / "captions.jsonl"):
             called["coco:" + Path(row["image"]).stem.lstrip("0")] = row["captions"][1].strip().rstrip(".").lower()
-    for line in (authored / "photos/jailguard.jsonl").open():
-        row = json.loads(line)
+    for row in lines(authored / "photos/jailguard.jsonl"):
         called[f"jailguard:{row['id']}"] = row["caption"].rstrip(".").lower()
     return called
 
@@ -84,8 +82,7 @@ def captions(data: Path, authored: Path) -> dict[str, str]:
 def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
     """Plain harmless requests: JailGuard's questions on its photos, the assistant's own, and every rewritten prompt by itself."""
     made = []
-    for line in (data / "jailguard_benign/questions.jsonl").open():
-        row = json.loads(line)
+    for row in lines(data / "jailguard_benign/questions.jsonl"):
         key = f"photo jailguard:{row['id']} 0"
         made.append(
             Case(
@@ -97,8 +94,7 @@ def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
                 tags=frozenset({"photo", "natural"}),
             )
         )
-    for number, line in enumerate((folder / "answers/photos.jsonl").open()):
-        row = json.loads(line)
+    for number, row in enumerate(lines(folder / "answers/photos.jsonl")):
         key = (f"photo {row['photo']} 0",)
         made.append(
             Case(
@@ -110,12 +106,12 @@ def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
                 tags=frozenset({"photo", "natural"}),
             )
         )
-    for number, line in enumerate((folder / "answers/text.jsonl").open()):
+    for number, row in enumerate(lines(folder / "answers/text.jsonl")):
         made.append(
             Case(
                 f"answer-text-{number}",
                 "benign",
-                json.loads(line)["question"],
+                row["question"],
                 False,
                 tags=frozenset({"none", "natural"}),
             )
@@ -196,8 +192,7 @@ def _pairs(
 
 def _requests(folder: Path, neutral: list[str], seed: int) -> Iterator[Case]:
     for path in sorted((folder / "requests").glob("*.jsonl")):
-        for number, line in enumerate(path.open()):
-            row = json.loads(line)
+        for number, row in enumerate(lines(path)):
             rng = random.Random(f"{seed} {path.stem} {number}")
             common = {
                 "situation": f"request-{path.stem}-{number // 2}",

@@ -6,7 +6,6 @@ name     cross-entropy of short answers that name or describe the picture (proje
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from runs.packaged import learn
+from runs.packaged.rows import lines
 
 HELD_FROM = 16  # of the 20 photos of a Caltech class, the last four are never trained on
 
@@ -104,11 +104,9 @@ def caption_rows(
     """COCO's captions and ours of the JailGuard photos, as answers to a request to describe."""
     captions: dict[tuple[str, str], list[str]] = {}
     for folder in ("coco_mini_open", "coco_mini_research"):
-        for line in (data / folder / "captions.jsonl").open():
-            row = json.loads(line)
+        for row in lines(data / folder / "captions.jsonl"):
             captions["coco", Path(row["image"]).stem.lstrip("0")] = row["captions"]
-    for line in (authored / "photos/jailguard.jsonl").open():
-        row = json.loads(line)
+    for row in lines(authored / "photos/jailguard.jsonl"):
         captions["jailguard", str(row["id"])] = [row["caption"], "The picture shows " + ", ".join(row["labels"]) + "."]
     ask = [
         "Describe the picture.",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from vlmguard.chat import Chat
-from vlmguard.rewriter.protocol import CATEGORIES, Seen, neutral
+from vlmguard.rewriter.protocol import CATEGORIES, Seen, neutral, said_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 WINDOW_WORDS: Final = 110
 STRIDE_WORDS: Final = 80
-QUOTED_CHARACTERS: Final = 400  # of an earlier turn
+QUOTED_CHARACTERS: Final = 400  # of an earlier turn, in the context; what is beyond is judged by itself
+WORDS: Final = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]|[^\s\u3040-\u9fff\uac00-\ud7af]{1,40}")
 
 
 class Look(Protocol):
@@ -38,10 +40,14 @@ class Look(Protocol):
 
 
 def request_windows(text: str) -> list[str]:
-    """The request as the network reads it: lower case, disguises undone, in windows of 110 words, one where it is short."""
-    words = neutral(text).lower().split()
+    """The request as the network reads it: lower case, disguises undone, in windows of 110 words, one where it is short.
+
+    A Chinese or Japanese character counts as a word, and so does every 40 letters without a blank.
+    """
+    read = neutral(text).lower()
+    words = WORDS.findall(read)
     if len(words) <= WINDOW_WORDS:
-        return [" ".join(words)]
+        return [" ".join(read.split())]
     starts = range(0, len(words) - (WINDOW_WORDS - STRIDE_WORDS), STRIDE_WORDS)
     return [" ".join(words[start : start + WINDOW_WORDS]) for start in starts]
 
@@ -54,16 +60,24 @@ def context_of(seen: Sequence[Seen], turns: Sequence[tuple[str, str]]) -> str:
         for one in seen
     ]
     for role, text in turns:
-        name = "system" if role in ("system", "developer") else f"earlier {role}"
+        name = {"developer": "system", "system": "system", "assistant": "earlier assistant"}.get(role, "earlier user")
         parts.append(f"{name}: {neutral(text)[:QUOTED_CHARACTERS]}")
     return " | ".join(parts).lower()
 
 
 def earlier_turns(chat: Chat) -> list[tuple[str, str]]:
+    """(role, everything said) of every other turn."""
+    said = [(message.role, said_in(message)) for index, message in enumerate(chat.messages) if index != chat.last_user]
+    return [(role, text) for role, text in said if text.strip()]
+
+
+def buried(turns: Sequence[tuple[str, str]]) -> list[str]:
+    """What the context leaves out of long turns that a user or a tool wrote, as windows of their own."""
     return [
-        (message.role, message.full_text)
-        for index, message in enumerate(chat.messages)
-        if index != chat.last_user and message.full_text.strip()
+        window
+        for role, text in turns
+        if role not in ("assistant", "system", "developer") and len(neutral(text)) > QUOTED_CHARACTERS
+        for window in request_windows(text)
     ]
 
 
@@ -99,8 +113,10 @@ class Gate:
         """(risk in [0, 1], likeliest category)."""
         import torch
 
-        context = context_of([Seen(look.labels, look.words) for look in looks], earlier_turns(chat))
-        windows = request_windows(chat.text)
+        turns = earlier_turns(chat)
+        context = context_of([Seen(look.labels, look.words) for look in looks], turns)
+        request = said_in(chat.messages[chat.last_user]) if chat.last_user is not None else ""
+        windows = [*request_windows(request), *buried(turns)]
         pictures = torch.stack([look.features.float().mean(0) for look in looks]) if looks else torch.zeros(0, 1280)
         with torch.inference_mode():
             made = [

@@ -94,9 +94,12 @@ class PackagedRewriter:
 
     def _rewrite(self, chat: Chat, verdict: Rewrite | None) -> Rewrite:
         begun = time.perf_counter()
-        verdict = verdict or self._judge(chat)
-        if verdict.risk < self.threshold and verdict.usage.calls:
-            return verdict
+        spent = Usage()
+        if verdict is None:
+            verdict = self._judge(chat)
+            spent = verdict.usage
+            if verdict.risk < self.threshold:
+                return verdict
         looks = self._see(chat)[:MAX_PICTURES]
         asked = render_input(chat, [look_seen(look) for look in looks])
         start = opening(verdict.category)
@@ -104,7 +107,9 @@ class PackagedRewriter:
         if made >= MAX_NEW_TOKENS:
             raise RewriteUnreadable(f"the rewriter was cut off at {MAX_NEW_TOKENS} tokens")
         rewrite = parse_output(start + written, verdict.risk)
-        return replace(rewrite, usage=Usage(1, read, made, time.perf_counter() - begun), seen=verdict.seen)
+        return replace(
+            rewrite, usage=spent + Usage(1, read, made, time.perf_counter() - begun - spent.seconds), seen=verdict.seen
+        )
 
     def _see(self, chat: Chat) -> list[Look]:
         """Every frame of every picture of the conversation, in order; what was seen before is remembered by its bytes."""

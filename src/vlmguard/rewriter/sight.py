@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlmguard.errors import missing_extra
@@ -100,6 +99,8 @@ class Reader:
             else frame
         )
         with self._lock:
+            import numpy as np  # comes with the engine; the light install has neither
+
             found, _ = self.engine(np.asarray(shrunk), use_cls=False)
         lines = [[[[x * factor, y * factor] for x, y in line[0]], line[1]] for line in found or []]
         return sorted(
