@@ -43,6 +43,7 @@ def test_a_category_may_have_a_mode_of_its_own() -> None:
         ({"failure": None}, "failure: expected"),
         ({"timeout": "never"}, "timeout: expected"),
         ({"unreadable": ""}, "unreadable: expected"),
+        ({"overload": "no"}, "overload: expected"),
         ({"pictures": "blur"}, r"pictures: expected keep \| mask \| withhold, got 'blur'"),
     ],
 )
@@ -68,13 +69,19 @@ def test_a_failure_is_treated_as_told(error: VLMGuardError, failure: Failure) ->
     assert Policy(failure=failure).on_failure(error) == failure
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_two_classes_may_differ(failure: Failure) -> None:
-    policy = Policy(failure=failure, timeout="open", unreadable="refuse")
+def test_each_class_may_differ() -> None:
+    policy = Policy(failure="closed", timeout="open", upstream="refuse", unreadable="refuse", overload="open")
     assert policy.on_failure(Timeout("late")) == "open"
+    assert policy.on_failure(Upstream("500")) == policy.on_failure(BadAnswer("?")) == "refuse"
     assert policy.on_failure(RewriteUnreadable("garbled")) == "refuse"
     assert policy.on_failure(ContextTooLong("a user can make a request too long")) == "refuse"
-    assert policy.on_failure(Upstream("500")) == failure
+    assert policy.on_failure(RateLimited("429")) == "open"
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_class_that_is_not_named_goes_by_the_default(failure: Failure) -> None:
+    policy = Policy(failure=failure, timeout="open")
+    assert policy.on_failure(Upstream("500")) == policy.on_failure(RateLimited("429")) == failure
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,14 @@ from typing import Final, Literal, get_args
 
 from vlmguard.errors import (
     AuthenticationFailed,
+    BadAnswer,
     ConfigError,
     ContextTooLong,
     ModelError,
+    RateLimited,
     RewriteUnreadable,
     Timeout,
+    Upstream,
     VLMGuardError,
 )
 from vlmguard.rewriter.protocol import CATEGORIES, quote
@@ -25,6 +28,7 @@ REFUSAL: Final = (
     "I can't help with this request. If you tell me what you want to achieve, I'll gladly help you find a safe way "
     "to do it."
 )
+CLASSES: Final = ("timeout", "upstream", "unreadable", "overload")  # of failure, each with a field of the policy
 # A refused key, a missing package or model: mistakes of the operator's, which never open the guard (F026).
 OPERATORS_OWN: Final = (AuthenticationFailed, ConfigError, ModelError)
 
@@ -38,8 +42,8 @@ class Policy:
         categories: another mode for some categories.
         failure: when the rewriter fails on a risky request, or cannot judge: `closed` sends the user's words inside a
             static safety wrapper, `refuse` refuses, `open` sends them unchanged.
-        timeout, unreadable: in place of `failure` for these two classes; a request too long for the rewriter counts as
-            unreadable.
+        timeout, upstream, unreadable, overload: in place of `failure` for one class of it: no answer in time, an error of the
+            rewriter's server, an output that fails its checks (or a request too long for it), and too many requests.
         pictures: what happens to a picture with words in it, or of which the rewriter told nothing, when the request is
             risky: `keep` sends it, `mask` paints over its words (and leaves it out where the rewriter failed),
             `withhold` leaves it out.
@@ -49,7 +53,9 @@ class Policy:
     categories: Mapping[str, Mode] = field(default_factory=dict)
     failure: Failure = "closed"
     timeout: Failure | None = None
+    upstream: Failure | None = None
     unreadable: Failure | None = None
+    overload: Failure | None = None
     pictures: Pictures = "keep"
 
     def __post_init__(self) -> None:
@@ -57,8 +63,7 @@ class Policy:
             ("mode", self.mode, get_args(Mode)),
             *((f"the mode of {category}", mode, get_args(Mode)) for category, mode in self.categories.items()),
             ("failure", self.failure, get_args(Failure)),
-            ("timeout", self.timeout, (None, *get_args(Failure))),
-            ("unreadable", self.unreadable, (None, *get_args(Failure))),
+            *((name, getattr(self, name), (None, *get_args(Failure))) for name in CLASSES),
             ("pictures", self.pictures, get_args(Pictures)),
         ):
             if value not in allowed:
@@ -76,9 +81,11 @@ class Policy:
             return self.failure if self.failure != "open" else "closed"
         if isinstance(error, Timeout):
             return self.timeout or self.failure
+        if isinstance(error, RateLimited):
+            return self.overload or self.failure
         if isinstance(error, RewriteUnreadable | ContextTooLong):
             return self.unreadable or self.failure
-        return self.failure
+        return (self.upstream or self.failure) if isinstance(error, Upstream | BadAnswer) else self.failure
 
 
 def wrapped(text: str) -> str:
