@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -17,13 +16,13 @@ import stamina
 from yarl import URL
 
 from vlmguard.chat import Chat, Response
-from vlmguard.errors import BadAnswer, ConfigError, TargetError, Timeout, Upstream
+from vlmguard.errors import ConfigError, TargetError
 from vlmguard.vlms.completions import Assembly, completion, error_of
 from vlmguard.vlms.protocol import Capability
 from vlmguard.vlms.sse import events
+from vlmguard.vlms.transport import FAILURES, Patience, lost, retry_after, target_error
 
 RETRIED_STATUSES = (408, 429)  # and 5xx
-REACH = "Check that the server runs and that the address is right."
 
 
 @dataclass(eq=False)
@@ -83,6 +82,10 @@ class Endpoint:
         """From http://host/v1#model."""
         url, _, model = spec.partition("#")
         return cls(url, model, **options)
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.connect_seconds, self.first_byte_seconds, self.total_seconds)
 
     @property
     def name(self) -> str:
@@ -172,23 +175,18 @@ class _Call:
         """An open answer with a good status; its body is still to be read."""
         endpoint = self._endpoint
         key = {"Authorization": f"Bearer {endpoint._key}"} if endpoint._key else {}
-        limits = aiohttp.ClientTimeout(
-            total=max(self._left, 1e-3),
-            sock_connect=endpoint.connect_seconds,
-            sock_read=endpoint.first_byte_seconds,
-        )
         answer = await endpoint._open_session().post(
             endpoint._url,
             data=self._body,
             headers={"Content-Type": "application/json", **key, **endpoint.headers},
-            timeout=limits,
+            timeout=endpoint.patience.timeout(self._left),
             allow_redirects=False,  # the key is for this server
         )
         if 200 <= answer.status < 300:
             return answer
         async with answer:
             body = await answer.read()
-        after = _retry_after(answer.headers.get("Retry-After"))
+        after = retry_after(answer.headers.get("Retry-After"))
         self._again = self._worth(answer.status, after)
         raise error_of(answer.status, _json_or_text(body), after, endpoint._key)
 
@@ -209,27 +207,10 @@ class _Call:
         except TargetError as error:
             error.args = (f"{where}: {error.message}",)
             raise
-        except aiohttp.ConnectionTimeoutError as error:
-            self._again = True
-            raise Timeout(f"{where} could not be reached in {endpoint.connect_seconds:g} s", REACH) from error
-        except TimeoutError as error:
-            silent = isinstance(error, aiohttp.SocketTimeoutError)
-            self._again = silent and self._left > 0
-            what = (
-                f"said nothing for {endpoint.first_byte_seconds:g} s"
-                if silent
-                else f"took over {endpoint.total_seconds:g} s"
-            )
-            raise Timeout(f"{where} {what}", "Ask for fewer tokens, or allow more seconds.") from error
-        except aiohttp.ClientSSLError as error:
-            raise Upstream(f"{where} has no certificate that is trusted", "Check the address.") from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            self._again = True
-            raise Upstream(f"{where} could not be reached, or broke off ({type(error).__name__})", REACH) from error
-        except (aiohttp.ClientError, ValueError) as error:  # a broken header, JSON that is none
-            raise BadAnswer(
-                f"{where} sent what cannot be read: {error}", "Is it an OpenAI-compatible server?"
-            ) from error
+        except FAILURES as error:
+            silent = isinstance(error, aiohttp.SocketTimeoutError) and self._left > 0
+            self._again = silent or lost(error)
+            raise target_error(error, where, endpoint.patience) from error
 
 
 async def _texts(answer: aiohttp.ClientResponse, assembly: Assembly) -> AsyncGenerator[str, None]:
@@ -258,17 +239,3 @@ def _json_or_text(body: bytes) -> Any:
         return orjson.loads(body)
     except ValueError:
         return body[:2000].decode(errors="replace")
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait, from a number or an HTTP date; None where there is neither."""
-    if header is None:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
