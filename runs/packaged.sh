@@ -6,6 +6,6 @@ set -eu
 cd "$(dirname "$0")/.."
 data=${1:?the folder data/train, with caltech101, imagenet_samples, coco_mini_open, coco_mini_research, jailguard_benign}
 build=${2:-build/packaged}
-for stage in photos words cases align examples gate name told assist rewrite pack; do
+for stage in photos words cases align examples gate name told assist rewrite verdicts look pack; do
     .venv/bin/python -m runs.packaged "$stage" --data "$data" --build "$build"
 done

@@ -4,6 +4,7 @@ $SLOW_SECONDS is how long a "slow" request takes; with $ANNOUNCE it says on stan
 """
 
 import os
+import signal
 import sys
 
 import pytest
@@ -22,5 +23,7 @@ class Announcing(Rewriter):
 
 
 if __name__ == "__main__":
+    # tests that were started in the background would hand their deafness to Ctrl-C on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     install(pytest.MonkeyPatch(), Announcing(float(os.environ.get("SLOW_SECONDS", "0.2"))))
     main()

@@ -20,6 +20,7 @@ from vlmguard.rewriter.protocol import CATEGORIES
 from vlmguard.vlms import assemble
 
 AUTHORED = Path(__file__).parents[2] / "data"
+REPEATED = 500  # rewrites among the verdicts, so that none is forgotten
 LORA_MODULES = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -140,9 +141,12 @@ def name(run: Run) -> None:
 
 
 def told(run: Run) -> None:
-    """The untrained base's own answers to harmless text requests."""
+    """The untrained base's own answers to harmless text requests, and to rewritten ones."""
     model, processor = run.base(torch.bfloat16)
-    run.keep("told", assistant.own_answers(model, processor.tokenizer, run.get("cases")))
+    every = run.get("cases")
+    prompts = [case.prompt for case in assistant.rewritten_texts(every) if case.prompt]
+    run.keep("told", assistant.own_answers(model, processor.tokenizer, assistant.harmless_texts(every), 36))
+    run.keep("told_rewritten", assistant.own_answers(model, processor.tokenizer, prompts, 56))
 
 
 def assist(run: Run) -> None:
@@ -157,14 +161,48 @@ def assist(run: Run) -> None:
     _learn(run, "assistant", model, adapted, made, minutes=22, rate=8e-4, projector=5e-4, tokens=700, epochs=1)
 
 
+def look(run: Run) -> None:
+    """More naming, and answers to rewritten requests; the rewriter keeps the projector that it was trained on."""
+    start = run.get("assistant")
+    model, adapted, processor = run.adapted(start)
+    rng, items, token = random.Random(23), run.get("photos")["items"], model.config.image_token_id
+    every = see.naming_rows(processor.tokenizer, token, items, set(run.get("align")["train"]), rng, times=2)
+    made = rng.sample(every, 1400)
+    mixed = assistant.rows(processor.tokenizer, token, run.get("cases"), run.album(), AUTHORED, run.get("told"), rng)
+    made += assistant.helpful(processor.tokenizer, token, run.get("cases"), run.album(), run.get("told_rewritten"))
+    made += rng.sample(mixed, 160) + assistant.beginnings(processor.tokenizer, token, run.get("cases"), rng, 160)
+    _learn(run, "assistant", model, adapted, made, minutes=11, rate=5e-4, projector=5e-4, tokens=700, epochs=1)
+
+
 def rewrite(run: Run) -> None:
     """The rewriter's adapter, from the assistant's, on the projector as it stands."""
     model, adapted, processor = run.adapted(run.get("assistant"))
     labels = run.get("examples")["labels"]
-    made = rewriter.rows(
-        processor.tokenizer, model.config.image_token_id, run.get("cases"), run.album(), labels, random.Random(0)
-    )
+    told = (processor.tokenizer, model.config.image_token_id, run.get("cases"), run.album(), labels, random.Random(0))
+    made = rewriter.rows(*told)
     _learn(run, "rewriter", model, adapted, made, minutes=30, rate=8e-4, projector=None, tokens=1100, epochs=1.5)
+    made = rewriter.verdict_rows(*told) + random.Random(1).sample(made, min(REPEATED, len(made)))
+    _learn(run, "rewriter", model, adapted, made, minutes=45, rate=6e-4, projector=None, tokens=1000, epochs=1)
+
+
+def verdicts(run: Run) -> None:
+    """The rewriter's first token for every held-out case; NaN for the others."""
+    model, adapted, processor = run.adapted(run.get("rewriter"))
+    every, book, labels = run.get("cases"), run.album(), run.get("examples")["labels"]
+    out = torch.full((len(every),), float("nan"))
+    found = {
+        index: rewriter.verdict_row(
+            processor.tokenizer, model.config.image_token_id, case, book, labels, random.Random(index)
+        )
+        for index, case in enumerate(every)
+        if case.held
+    }
+    rows = {index: row for index, row in found.items() if row}
+    logits = rewriter.first_token_logits(
+        adapted.base_model.model, processor.tokenizer, list(rows.values()), run.table(), model.config.image_token_id
+    )
+    out[list(rows)] = logits
+    run.keep("verdicts", out)
 
 
 def _learn(
@@ -206,7 +244,7 @@ def pack(run: Run) -> None:
     packing.pack(run)
 
 
-STAGES = [photos, words, cases, align, examples, gate, name, told, assist, rewrite, pack]
+STAGES = [photos, words, cases, align, examples, gate, name, told, assist, rewrite, verdicts, look, pack]
 
 
 def main() -> None:

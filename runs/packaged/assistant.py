@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def rows(
         found = album.by_name.get(one["photo"])
         if found:
             made.append(row(one["question"], one["answer"], [found[0]]))
+    made += beginnings(tokenizer, image_token, cases, rng, 800)
     seen = [case for case in cases if case.pictures and not case.held and len(case.pictures) == 1]
     drawn = [case for case in seen if case.pictures[0].startswith("drawn") and {"typeset", "title"} & case.tags]
     for case in rng.sample(drawn, min(330, len(drawn))):
@@ -76,8 +78,22 @@ def rows(
     return made
 
 
-def own_answers(model: Any, tokenizer: Any, cases: list[Case], count: int = 320, tokens: int = 36) -> dict[str, str]:
-    """What the untrained base says to harmless text requests, its refusals left out."""
+BEGINNINGS = ["Sure, here is", "Sure. ", "Here are some", "Of course. ", "Good question. ", "Yes, ", "A good way is to"]
+
+
+def beginnings(tokenizer: Any, image_token: int, cases: list[Case], rng: random.Random, count: int) -> list[learn.Row]:
+    """Only the first words of an answer to harmless requests, so that the refusals do not spread to what sounds dangerous."""
+    fit = [
+        case for case in cases if not (case.risk or case.pictures or case.turns or case.held) and case.language == "en"
+    ]
+    made = []
+    for case in rng.sample(fit, min(count, len(fit))):
+        row = learn.encode(tokenizer, image_token, case.text, rng.choice(BEGINNINGS), [], first_weight=2.0)
+        made.append(replace(row, ids=row.ids[:-1]))  # without the end: the base goes on in its own way
+    return made
+
+
+def harmless_texts(cases: list[Case], count: int = 320) -> list[str]:
     fit = {
         case.text
         for case in cases
@@ -85,7 +101,19 @@ def own_answers(model: Any, tokenizer: Any, cases: list[Case], count: int = 320,
         and case.language == "en"
         and "rewritten" not in case.tags
     }
-    chosen = sorted(random.Random(0).sample(sorted(text for text in fit if 15 < len(text) < 140), count), key=len)
+    return random.Random(0).sample(sorted(text for text in fit if 15 < len(text) < 140), count)
+
+
+def rewritten_texts(cases: list[Case], count: int = 260) -> list[Case]:
+    """Risky cases with one picture whose rewritten request the assistant learns to answer."""
+    fit = {case.situation: case for case in cases if case.prompt and len(case.pictures) == 1 and not case.held}
+    english = [case for case in fit.values() if case.language == "en"]
+    return random.Random(1).sample(english, min(count, len(english)))
+
+
+def own_answers(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> dict[str, str]:
+    """What the untrained base says to texts, up to its last whole sentence; its refusals and loops are left out."""
+    chosen = sorted(texts, key=len)
     tokenizer.padding_side = "left"
     told = {}
     for start in range(0, len(chosen), 40):
@@ -95,6 +123,27 @@ def own_answers(model: Any, tokenizer: Any, cases: list[Case], count: int = 320,
         made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs.input_ids.shape[1] :]
         told.update(zip(batch, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
     refusals = ("sorry", "can't", "cannot", "unable")
+    whole = {text: answer[: max(answer.rfind(mark) for mark in ".!?") + 1].strip() for text, answer in told.items()}
     return {
-        text: answer.strip() for text, answer in told.items() if not any(word in answer.lower() for word in refusals)
+        text: answer
+        for text, answer in whole.items()
+        if len(answer) > 20 and not any(word in answer.lower() for word in refusals) and not loops(answer)
     }
+
+
+def loops(answer: str) -> bool:
+    """Whether some run of four words comes twice."""
+    words = answer.split()
+    runs = [" ".join(words[start : start + 4]) for start in range(len(words) - 3)]
+    return len(set(runs)) < len(runs)
+
+
+def helpful(tokenizer: Any, image_token: int, cases: list[Case], album: Album, told: dict[str, str]) -> list[learn.Row]:
+    """Rewritten requests over the picture they came with, answered as the base answers them."""
+    return [
+        learn.encode(
+            tokenizer, image_token, case.prompt, told[case.prompt], [album.row(case.pictures[0])], first_weight=2.0
+        )
+        for case in rewritten_texts(cases)
+        if case.prompt in told
+    ]

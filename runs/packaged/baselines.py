@@ -15,7 +15,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from runs.packaged.bars import Bar, gate_bars
-from runs.packaged.calibrate import FALSE_POSITIVE_RATE
 from runs.packaged.items import Item
 from vlmguard.chat import Chat
 from vlmguard.errors import RewriteUnreadable
@@ -25,6 +24,7 @@ from vlmguard.rewriter.rewriter import Prompted
 from vlmguard.vlms import assemble
 from vlmguard.vlms.local import Local
 
+FALSE_POSITIVE_RATE = 0.12  # of held-out harmless rows, about that of the gate
 Scores = dict[tuple[str, str], float]
 
 
@@ -47,30 +47,29 @@ async def bars(
     return made
 
 
-def rows_of(build: Path) -> tuple[list[str], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """(texts, risky, held out, plain harmless) of the gate's own rows."""
+def rows_of(build: Path) -> tuple[list[str], NDArray[np.bool_], NDArray[np.bool_]]:
+    """(texts, risky, held out) of the gate's own rows."""
     found = torch.load(build / "examples.pt", weights_only=False)["examples"]
     cases = torch.load(build / "cases.pt", weights_only=False)
     texts = [text_of(example.request, example.context) for example in found]
-    plain = [not case.risk and "natural" in case.tags for case in cases]
-    return texts, np.array([case.risk for case in cases]), np.array([case.held for case in cases]), np.array(plain)
+    return texts, np.array([case.risk for case in cases]), np.array([case.held for case in cases])
 
 
 def words(build: Path, texts: Sequence[str]) -> tuple[NDArray[np.float64], float]:
-    learned, risky, held, plain = rows_of(build)
+    learned, risky, held = rows_of(build)
     vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     design = vectors.fit_transform(learned)
-    return _logistic(design, risky, held, plain, vectors.transform(texts))
+    return _logistic(design, risky, held, vectors.transform(texts))
 
 
 def sentences(build: Path, texts: Sequence[str]) -> tuple[NDArray[np.float64], float]:
-    learned, risky, held, plain = rows_of(build)
-    return _logistic(embed(learned), risky, held, plain, embed(texts))
+    learned, risky, held = rows_of(build)
+    return _logistic(embed(learned), risky, held, embed(texts))
 
 
-def _logistic(design: Any, risky: Any, held: Any, plain: Any, wanted: Any) -> tuple[NDArray[np.float64], float]:
+def _logistic(design: Any, risky: Any, held: Any, wanted: Any) -> tuple[NDArray[np.float64], float]:
     model = LogisticRegression(C=4.0, max_iter=1000, class_weight="balanced").fit(design[~held], risky[~held])
-    threshold = float(np.quantile(model.decision_function(design[held & plain]), 1 - FALSE_POSITIVE_RATE))
+    threshold = float(np.quantile(model.decision_function(design[held & ~risky]), 1 - FALSE_POSITIVE_RATE))
     return model.decision_function(wanted), threshold
 
 

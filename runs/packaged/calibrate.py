@@ -1,4 +1,8 @@
-"""The gate's calibration on the held-out share of the situations: one scale, an offset a kind of request, and the threshold."""
+"""The gate's calibration on the held-out share of the situations: its two judges' weights and, for each kind of request, an offset.
+
+The offsets put one threshold, 0.5, where each kind has its stated rate of false positives among held-out harmless requests, most of
+which were written to look dangerous: on plain ones the rate is far lower.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +10,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from runs.packaged.rows import Case
+from vlmguard.rewriter.gate import is_foreign
 
-SEEDS, RANK, EPOCHS = 1, 16, 1.6
-KINDS = ("text", "photo", "words")
-FALSE_POSITIVE_RATE = 0.02  # of plain harmless questions about photos, held out: what the threshold is set for
+SEEDS, RANK, EPOCHS = 2, 16, 2.5
+FALSE_POSITIVE_RATES = {"text": 0.125, "foreign": 0.20, "photo": 0.05, "words": 0.38}
+THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Calibration:
-    scale: float
+    weights: tuple[float, ...]
     offsets: dict[str, float]
-    threshold: float
-    recall: float
-    false_positive_rate: float
+    recall: dict[str, float]
+    plain_false_positives: float
 
 
 def kind(case: Case) -> str:
     if not case.pictures:
-        return "text"
+        return "foreign" if is_foreign(case.text) else "text"
     return "words" if any(key.startswith("drawn") for key in case.pictures) else "photo"
 
 
-def fit(logits: Sequence[float], cases: Sequence[Case]) -> Calibration:
-    """Logistic regression of the risk on the mean logit and the kind; the threshold at the stated rate of false positives."""
-    raw = np.asarray(logits, dtype=float)
+def fit(judged: Sequence[Sequence[float]], cases: Sequence[Case]) -> Calibration:
+    """Logistic regression gives the weights; the offsets come from the quantiles of the harmless.
+
+    Args:
+        judged: (N, judges) logits.
+    """
+    every = np.asarray(judged, dtype=float)
     kinds = np.array([kind(case) for case in cases])
     risky = np.array([case.risk for case in cases])
-    design = np.column_stack([raw, *[(kinds == name).astype(float) for name in KINDS]])
-    model = LogisticRegression(C=10.0, fit_intercept=False, class_weight="balanced", max_iter=1000).fit(design, risky)
-    scale, *offsets = (float(value) for value in model.coef_[0])
-    risk = 1 / (1 + np.exp(-(design @ model.coef_[0])))
     plain = np.array([not case.risk and "natural" in case.tags for case in cases])
-    threshold = float(np.quantile(risk[plain], 1 - FALSE_POSITIVE_RATE))
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000).fit(every, risky)
+    raw = every @ model.coef_[0]
+    limits = {
+        name: float(np.quantile(raw[(kinds == name) & ~risky], 1 - rate)) for name, rate in FALSE_POSITIVE_RATES.items()
+    }
+    flagged = raw >= np.array([limits[name] for name in kinds])
     return Calibration(
-        scale,
-        dict(zip(KINDS, offsets, strict=True)),
-        threshold,
-        _share(risk[risky] >= threshold),
-        _share(risk[~risky] >= threshold),
+        tuple(model.coef_[0].tolist()),
+        {name: -limit for name, limit in limits.items()},
+        {name: round(float(flagged[(kinds == name) & risky].mean()), 3) for name in limits},
+        round(float(flagged[plain].mean()), 4),
     )
-
-
-def _share(hits: NDArray[np.bool_]) -> float:
-    return float(hits.mean())

@@ -72,10 +72,10 @@ def main() -> None:
     options = parser.parse_args()
     index = Index(evaluated(options.data))
     for path in sorted((AUTHORED / "requests").glob("*.jsonl")):
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if not index.overlaps(json.loads(line).get("text") or json.loads(line)["title"])]
-        print(f"{path.name}: {len(lines) - len(kept)} of {len(lines)} overlap")
-        if options.drop and len(kept) < len(lines):
+        every = path.read_text(encoding="utf-8").strip().split("\n")
+        kept = [line for line in every if not index.overlaps(json.loads(line).get("text") or json.loads(line)["title"])]
+        print(f"{path.name}: {len(every) - len(kept)} of {len(every)} overlap")
+        if options.drop and len(kept) < len(every):
             path.write_text("\n".join(kept) + "\n")
     for path in sorted((AUTHORED / "situations").glob("*.jsonl")):
         rows = lines(path)

@@ -20,13 +20,13 @@ TARGET = Path(__file__).parents[2] / "src/vlmguard/packaged"
 
 def pack(run: Run) -> None:
     TARGET.mkdir(exist_ok=True)
-    _save(run.get("assistant")["projector"], "projector.safetensors")
     head = run.get("nouns")
     _save({"weight": head["weight"], "bias": head["bias"]}, "nouns.safetensors")
     (TARGET / "nouns.json").write_text(json.dumps(head["words"]))
     for stage in ("assistant", "rewriter"):
-        model, adapted, _ = run.adapted({**run.get(stage), "projector": run.get("assistant")["projector"]})
+        model, adapted, _ = run.adapted(run.get(stage))
         adapted.save_pretrained(TARGET / stage)
+        _save(run.get(stage)["projector"], f"{stage}/projector.safetensors")
         for leftover in (TARGET / stage).glob("README*"):
             leftover.unlink()
         config = json.loads((TARGET / stage / "adapter_config.json").read_text())
@@ -39,14 +39,15 @@ def pack(run: Run) -> None:
         _save(state["state"], name)
     cases = run.get("cases")
     held = [index for index, case in enumerate(cases) if case.held]
-    logits = torch.stack([state["scores"][held, 0] for state in states]).mean(0)
-    found = calibrate.fit(logits.tolist(), [cases[index] for index in held])
+    networks = torch.stack([state["scores"][held, 0] for state in states]).mean(0)
+    judged = torch.stack([networks, run.get("verdicts")[held]], 1)
+    found = calibrate.fit(judged.tolist(), [cases[index] for index in held])
     gate = {
         "networks": names,
         "rank": calibrate.RANK,
-        "scale": found.scale,
+        "weights": found.weights,
         "offsets": found.offsets,
-        "threshold": found.threshold,
+        "threshold": calibrate.THRESHOLD,
     }
     (TARGET / "gate.json").write_text(json.dumps(gate, indent=1))
     print(found)

@@ -134,12 +134,13 @@ def _chat(lines: Sequence[str], rng: random.Random) -> Image.Image:
 def _document(lines: Sequence[str], rng: random.Random) -> Image.Image:
     canvas = Image.new("RGB", (620, 800), rng.choice(PAPERS))
     pen = ImageDraw.Draw(canvas)
-    chosen = font(rng.randrange(24, 34), rng)
+    size = rng.randrange(24, 34)
+    chosen = font(size, rng)
     top = 50
     for index, line in enumerate(lines):
         for piece in textwrap.wrap(line, 32) or [""]:
             pen.text((50, top), piece, fill="black", font=chosen)
-            top += chosen.size + 12
+            top += size + 12
         if index == 0:
             pen.line((50, top, 570, top), fill="black", width=2)
             top += 20

@@ -95,14 +95,13 @@ def ordinary(folder: Path, data: Path, cases: list[Case]) -> list[Case]:
             )
         )
     for number, row in enumerate(lines(folder / "answers/photos.jsonl")):
-        key = (f"photo {row['photo']} 0",)
         made.append(
             Case(
                 f"answer-photo-{number}",
                 "benign",
                 row["question"],
                 False,
-                pictures=key,
+                pictures=(f"photo {row['photo']} 0",),
                 tags=frozenset({"photo", "natural"}),
             )
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_TOKENS = 49
+ROWS_AT_ONCE = 4096
 
 
 def prompt_ids(tokenizer: Any, image_token: int, text: str, pictures: int) -> list[int]:
@@ -35,10 +36,15 @@ class Int8:
     """x W^T with W (N, K) as int8 and one scale a row; x bfloat16."""
 
     def __init__(self, *weights: Tensor) -> None:
-        weight = torch.cat([one.detach().float() for one in weights])
-        scale = weight.abs().amax(1).clamp(min=1e-8) / 127
-        self.weight = (weight / scale[:, None]).round().to(torch.int8).contiguous()
-        self.scale = scale.to(torch.bfloat16)
+        scales, rounded = [], []
+        for weight in weights:
+            for piece in torch.split(
+                weight.detach(), ROWS_AT_ONCE
+            ):  # in float32 only a piece at a time: the head is large
+                scale = piece.abs().amax(1).float().clamp(min=1e-8) / 127
+                rounded.append((piece.float() / scale[:, None]).round().to(torch.int8))
+                scales.append(scale.to(torch.bfloat16))
+        self.weight, self.scale = torch.cat(rounded), torch.cat(scales)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x, self.weight, self.scale)

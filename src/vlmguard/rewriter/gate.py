@@ -1,7 +1,8 @@
 """The packaged gate: a calibrated probability that a chat is risky, before anything is generated.
 
-It reads what the rewriter reads: the request, every earlier turn, and each picture's labels, words and pooled features. A long
-request is judged in overlapping windows, and the riskiest counts, so that a wish buried in it is not averaged away.
+Two judges are weighed together: the rewriter's own first token (`risky` against `safe`), and small networks that read the request,
+every earlier turn, and each picture's labels, words and pooled features. A long request is judged in overlapping windows, and the
+riskiest counts, so that a wish buried in it is not averaged away.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -26,6 +27,185 @@ WINDOW_WORDS: Final = 110
 STRIDE_WORDS: Final = 80
 QUOTED_CHARACTERS: Final = 400  # of an earlier turn, in the context; what is beyond is judged by itself
 WORDS: Final = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]|[^\s\u3040-\u9fff\uac00-\ud7af]{1,40}")
+
+FOREIGN_LETTERS: Final = re.compile(r"[^\w']+")
+# Frequent small words: enough to tell English from its neighbours on short requests; a language we can't tell counts as English.
+ENGLISH: Final = frozenset(
+    (
+        *(
+            "the",
+            "a",
+            "an",
+            "and",
+            "or",
+            "of",
+            "to",
+            "in",
+            "on",
+            "for",
+            "with",
+            "is",
+            "are",
+            "was",
+            "be",
+            "it",
+            "this",
+            "that",
+        ),
+        *(
+            "what",
+            "how",
+            "why",
+            "who",
+            "when",
+            "where",
+            "can",
+            "could",
+            "do",
+            "does",
+            "should",
+            "would",
+            "there",
+            "have",
+            "has",
+        ),
+        *(
+            "i",
+            "my",
+            "you",
+            "your",
+            "me",
+            "we",
+            "they",
+            "not",
+            "from",
+            "at",
+            "by",
+            "as",
+            "if",
+            "any",
+            "some",
+            "tell",
+            "give",
+        ),
+        *("write", "explain"),
+    )
+)
+OTHER_LANGUAGES: Final = frozenset(
+    (
+        *(
+            "el",
+            "la",
+            "los",
+            "las",
+            "un",
+            "una",
+            "de",
+            "del",
+            "que",
+            "en",
+            "y",
+            "por",
+            "para",
+            "con",
+            "como",
+            "cómo",
+            "qué",
+        ),
+        *(
+            "es",
+            "son",
+            "mi",
+            "tu",
+            "su",
+            "se",
+            "si",
+            "puedo",
+            "cuál",
+            "cuánto",
+            "sin",
+            "le",
+            "les",
+            "des",
+            "du",
+            "et",
+            "est",
+        ),
+        *(
+            "une",
+            "je",
+            "vous",
+            "mon",
+            "ma",
+            "mes",
+            "pour",
+            "dans",
+            "avec",
+            "comment",
+            "quoi",
+            "pas",
+            "ne",
+            "sur",
+            "au",
+            "aux",
+        ),
+        *(
+            "il",
+            "elle",
+            "ce",
+            "cette",
+            "puis",
+            "der",
+            "das",
+            "den",
+            "dem",
+            "ein",
+            "eine",
+            "einen",
+            "und",
+            "ist",
+            "sind",
+            "ich",
+        ),
+        *(
+            "du",
+            "mein",
+            "meine",
+            "wie",
+            "kann",
+            "nicht",
+            "mit",
+            "für",
+            "auf",
+            "zu",
+            "im",
+            "wo",
+            "wann",
+            "gli",
+            "di",
+            "che",
+        ),
+        *(
+            "per",
+            "come",
+            "sono",
+            "mio",
+            "mia",
+            "os",
+            "um",
+            "uma",
+            "em",
+            "não",
+            "meu",
+            "minha",
+            "het",
+            "een",
+            "van",
+            "ik",
+        ),
+        *("mijn", "hoe"),
+    )
+)
 
 
 class Look(Protocol):
@@ -86,12 +266,13 @@ class Gate:
     """
     Args:
         networks: their logits are averaged.
-        scale, offsets: logit -> calibrated logit; an offset for each kind of request ("text", "photo", "words").
+        weights: of that mean, and of the rewriter's first token (the logit of "risky" above "safe").
+        offsets: added to the weighed sum; one for each kind of request (`kind_of`).
         threshold: the calibrated probability from which a request counts as risky; how it was set stands in the model card.
     """
 
     networks: Sequence[RiskNetwork]
-    scale: float
+    weights: tuple[float, float]
     offsets: dict[str, float]
     threshold: float
 
@@ -107,9 +288,11 @@ class Gate:
             network = RiskNetwork.make(len(CATEGORIES), told["rank"])
             network.load_own_state(load_file(folder / name))
             networks.append(network.eval())
-        return cls(networks, told["scale"], told["offsets"], told["threshold"])
+        return cls(networks, tuple(told["weights"]), told["offsets"], told["threshold"])
 
-    def __call__(self, chat: Chat, looks: Sequence[Look]) -> tuple[float, str | None]:
+    def __call__(
+        self, chat: Chat, looks: Sequence[Look], first_token: Callable[[Chat], float]
+    ) -> tuple[float, str | None]:
         """(risk in [0, 1], likeliest category)."""
         import torch
 
@@ -126,12 +309,25 @@ class Gate:
         logits = torch.stack([logit for logit, _ in made]).mean(0)
         worst = int(logits.argmax())
         category = torch.stack([one for _, one in made]).mean(0)[worst]
-        calibrated = self.scale * float(logits[worst]) + self.offsets[kind_of(looks)]
+        spoken = [chat] if len(windows) == 1 else [chat, chat.with_text(windows[worst])]
+        judged = float(logits[worst]), max(first_token(one) for one in spoken)
+        calibrated = (
+            sum(w * x for w, x in zip(self.weights, judged, strict=True)) + self.offsets[kind_of(looks, request)]
+        )
         return 1 / (1 + math.exp(-calibrated)), CATEGORIES[int(category.argmax())]
 
 
-def kind_of(looks: Sequence[Any]) -> str:
-    """`text` without a picture, `words` where a picture has some, else `photo`."""
+def kind_of(looks: Sequence[Any], request: str) -> str:
+    """Without a picture `text`, or `foreign` where it is not English; `words` where a picture has some, else `photo`."""
     if not looks:
-        return "text"
+        return "foreign" if is_foreign(request) else "text"
     return "words" if any(look.words.strip() for look in looks) else "photo"
+
+
+def is_foreign(text: str) -> bool:
+    """Whether a text is hardly English, which both judges know best: in other languages they see harm too easily."""
+    words = FOREIGN_LETTERS.sub(" ", neutral(text).lower()).split()
+    strange = sum(not word.isascii() for word in words)
+    if 4 * strange > len(words):  # names and loan words have such letters too
+        return True
+    return sum(word in OTHER_LANGUAGES for word in words) > sum(word in ENGLISH for word in words)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vlmguard.chat import Chat, Usage
 from vlmguard.errors import ModelError, RewriteUnreadable
 from vlmguard.images import frames, model_ready
-from vlmguard.rewriter.protocol import Rewrite, Seen, opening, parse_output, render_input
+from vlmguard.rewriter.protocol import VERDICTS, Rewrite, Seen, opening, parse_output, render_input
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,9 +88,16 @@ class PackagedRewriter:
     def _judge(self, chat: Chat) -> Rewrite:
         begun = time.perf_counter()
         looks = self._see(chat)
-        risk, category = self.gate(chat, looks)
+        risk, category = self.gate(chat, looks, lambda one: self._first_token(one, looks))
         seen = tuple(look_seen(look) for look in looks)
         return Rewrite(risk, category, usage=Usage(calls=1, seconds=time.perf_counter() - begun), seen=seen)
+
+    def _first_token(self, chat: Chat, looks: Sequence[Look]) -> float:
+        """How much likelier the rewriter begins with "risky" than with "safe", as a difference of logits."""
+        shown = looks[:MAX_PICTURES]
+        asked = render_input(chat, [look_seen(look) for look in shown])
+        safe, risky = self.base.first_token(asked, [look.features for look in shown], VERDICTS).tolist()
+        return float(risky - safe)
 
     def _rewrite(self, chat: Chat, verdict: Rewrite | None) -> Rewrite:
         begun = time.perf_counter()

@@ -22,10 +22,11 @@ import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from vlmguard.chat import Chat, Message, Usage
 from vlmguard.errors import RewriteUnreadable
+from vlmguard.parts import Other, flat
 
 CATEGORIES: Final = (
     *("self_harm", "physical_danger", "violence", "weapons", "drugs", "fraud", "privacy", "hate", "illegal_trade"),
@@ -206,7 +207,19 @@ def said_in(message: Message) -> str:
     for call in (*calls, raw.get("function_call")):
         if isinstance(call, Mapping):
             told.append(f"{call.get('name', '')}({call.get('arguments', '')})")
+    told += [_called(part.raw) for part in flat(message.parts) if isinstance(part, Other)]
     return "\n".join(filter(None, (message.full_text, *told)))
+
+
+def _called(part: Mapping[str, Any]) -> str:
+    """What Anthropic's blocks and the items of /v1/responses say of a tool's call, or of a model's thoughts."""
+    if isinstance(thought := part.get("thinking"), str):
+        return thought
+    given = part.get("input", part.get("arguments"))
+    if given is None:
+        return ""
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return f"{part.get('name', '')}({text})"
 
 
 def render_output(rewrite: Rewrite) -> str:

@@ -39,7 +39,7 @@ def _say(line: str) -> None:
 
 
 def _adapted(adapter: str) -> tuple[Any, Any]:
-    """The base with our projector and one adapter, proved to be on, folded into the weights."""
+    """The base with one adapter and its projector, proved to be on, folded into the weights."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -56,7 +56,7 @@ def _adapted(adapter: str) -> tuple[Any, Any]:
     with _Quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
         processor = AutoProcessor.from_pretrained(folder)
-    model.model.multi_modal_projector.load_state_dict(load_file(WEIGHTS / "projector.safetensors"))
+    model.model.multi_modal_projector.load_state_dict(load_file(WEIGHTS / adapter / "projector.safetensors"))
     adapted = put_adapter(model, str(WEIGHTS / adapter), lambda one: Engine(one, processor, adapter).probe())
     return adapted.merge_and_unload().eval(), processor
 
@@ -122,22 +122,43 @@ class Base:
         """
         import torch
 
-        from vlmguard.rewriter.decoding import Decoder, prompt_ids
+        from vlmguard.rewriter.decoding import Decoder
 
         tokenizer = self.processor.tokenizer
-        image_token = self.model.config.image_token_id
-        ids = (
-            prompt_ids(tokenizer, image_token, text, len(pictures))
-            + tokenizer(start, add_special_tokens=False).input_ids
-        )
         if not hasattr(self, "_decoder"):
             self._decoder = Decoder(self.model.model.language_model, self.model.lm_head)
         with torch.inference_mode():
-            embedded = self.model.model.language_model.embed_tokens(torch.tensor([ids]))
-            if pictures:
-                projected = self.model.model.multi_modal_projector(torch.stack(list(pictures)).to(embedded.dtype))
-                embedded = embedded.masked_scatter((torch.tensor([ids]) == image_token).unsqueeze(-1), projected)
+            embedded = self._embedded(text, pictures, start)
             made = self._decoder(
                 embedded, max_tokens, {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
             )
-        return tokenizer.decode(made, skip_special_tokens=True), len(ids), len(made)
+        return tokenizer.decode(made, skip_special_tokens=True), embedded.shape[1], len(made)
+
+    def first_token(self, text: str, pictures: Sequence[Tensor], words: Sequence[str]) -> Tensor:
+        """(len(words),) float32: logits of each word's first token as the first token of the answer.
+
+        Args:
+            pictures: (49, 1280) each, in front of the text.
+        """
+        import torch
+
+        tokens = [self.processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+        with torch.inference_mode():
+            embedded = self._embedded(text, pictures)
+            last = self.model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0, -1]
+            logits: Tensor = self.model.lm_head.weight[tokens].float() @ last.float()
+        return logits
+
+    def _embedded(self, text: str, pictures: Sequence[Tensor], start: str = "") -> Tensor:
+        """(1, T, 576) of the prompt and the answer's given beginning."""
+        import torch
+
+        from vlmguard.rewriter.decoding import prompt_ids
+
+        tokenizer, image_token = self.processor.tokenizer, self.model.config.image_token_id
+        ids = torch.tensor([prompt_ids(tokenizer, image_token, text, len(pictures)) + tokenizer(start).input_ids])
+        embedded: Tensor = self.model.model.language_model.embed_tokens(ids)
+        if pictures:
+            projected = self.model.model.multi_modal_projector(torch.stack(list(pictures)).to(embedded.dtype))
+            embedded = embedded.masked_scatter((ids == image_token).unsqueeze(-1), projected)
+        return embedded
