@@ -18,7 +18,8 @@ VLMGuardError
 │   ├── Upstream               the server answered with an error `status`
 │   ├── BadAnswer              the server's answer cannot be read
 │   └── ContextTooLong
-└── RewriteUnreadable          the rewriter's output fails its checks            exit 1
+├── RewriteUnreadable          the rewriter's output fails its checks            exit 1
+└── AuditLogError              the audit log cannot be written or read           exit 1
 
 An error prints as "what happened. remedy".
 """
@@ -148,3 +149,7 @@ class ContextTooLong(TargetError):
 
 class RewriteUnreadable(VLMGuardError):
     """The rewriter's output fails its checks."""
+
+
+class AuditLogError(VLMGuardError):
+    """The audit log cannot be written or read."""
