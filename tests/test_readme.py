@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import Result
+from typer.testing import CliRunner, Result
+
+from vlmguard.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,3 +91,12 @@ def test_the_tree_is_the_real_one() -> None:
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("command", commands("sh gateway"), ids=" ".join)
+def test_each_command_of_the_gateway_is_one_of_ours(command: list[str]) -> None:
+    """They serve until they are stopped: here their options are read, and no more."""
+    result = CliRunner().invoke(app, [*command[1:], "--help"])
+    assert result.exit_code == 0, result.output
+    wrong = CliRunner().invoke(app, [*command[1:], "--wrong", "--help"])
+    assert wrong.exit_code == 2

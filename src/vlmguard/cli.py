@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from vlmguard import cli_gateway
+from vlmguard.cli_options import Json
 from vlmguard.errors import VLMGuardError
 
 INTERRUPTED = 130
@@ -79,14 +81,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _json(context: typer.Context, wanted: bool) -> bool:
-    """Notes for the edge that errors go out as JSON too."""
-    if isinstance(context.obj, dict):
-        context.obj["json"] = wanted
-    return wanted
-
-
-Json = Annotated[bool, typer.Option("--json", callback=_json, help="Print one JSON object, errors too.")]
 Target = Annotated[
     str | None,
     typer.Option(
@@ -276,3 +270,8 @@ def demo(
     from vlmguard.demo import run_demo
 
     run_demo(target, rewriter, out, png)
+
+
+app.command()(cli_gateway.serve)
+app.command()(cli_gateway.key)
+app.add_typer(cli_gateway.audit_log, name="audit-log")

@@ -5,4 +5,6 @@ guard.py     one request
 screen.py    a file of requests
 listing.py   what there is
 doctor.py    what is installed, cached and reachable
+serve.py     the gateway
+audit_log.py what is in its audit log
 """
