@@ -16,6 +16,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from vlmguard.commands.terminal import print_error, say
@@ -28,6 +29,7 @@ from vlmguard.gateway.telemetry import configure_logs, prepare_workers
 GIVEN: Final = "VLMGUARD_SERVE"  # what a worker is told: the settings' file and the options of the command line
 KEEP_ALIVE_SECONDS: Final = 75  # longer than clients keep an idle connection, so that none is closed under a request
 BACKLOG: Final = 2048
+PIECE_BYTES: Final = 2 * 2**20  # a picture of 1.5 MB in base64
 START_SECONDS: Final = 30  # for a worker to come up on a busy machine before it is taken for hung
 
 
@@ -111,6 +113,18 @@ class Server(uvicorn.Server):
         yield
 
 
+class LargePieces(HttpToolsProtocol):
+    """Wakes the application for a whole body, or for PIECE_BYTES of it: it can't begin with less, and each wake costs."""
+
+    def on_body(self, body: bytes) -> None:
+        if (self.parser.should_upgrade() and self._should_upgrade()) or self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > PIECE_BYTES:
+            self.flow.pause_reading()
+            self.cycle.message_event.set()
+
+
 class Worker:
     """One of several processes: it opens its own gateway when it starts."""
 
@@ -144,7 +158,7 @@ class Worker:
 def _options(settings: Settings) -> dict[str, Any]:
     return {
         "loop": "uvloop",
-        "http": "httptools",
+        "http": LargePieces,
         "ws": "none",
         "log_config": None,
         "access_log": False,
