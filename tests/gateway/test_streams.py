@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,6 +28,7 @@ from tests.gateway.running import (
     chunk,
     completion,
     completion_chunks,
+    error_of,
     message_events,
     response_events,
     running,
@@ -98,15 +100,15 @@ async def test_each_piece_arrives_before_the_next_is_sent(gateway: Running, upst
         assert await begun(answer) == DONE
 
 
-async def test_the_gateway_delays_a_piece_by_milliseconds(gateway: Running, upstream: Upstream) -> None:
-    """Forty of them through 40 ms of Nagle's algorithm would take 1.6 s, through a buffer for ever."""
-    upstream.says(stream(*(it for at in range(40) for it in (chunk(str(at)), 0.002)), DONE))
+async def test_no_piece_waits_for_a_packet_to_be_acknowledged(gateway: Running, upstream: Upstream) -> None:
+    """As Nagle's algorithm would have it: 40 ms in every stream of a connection but its first. The best of ten is looked at."""
+    upstream.says(stream(chunk("Hel"), 0.001, chunk("lo."), DONE))
     times = []
-    for _ in range(3):
+    for _ in range(10):
         asked = time.perf_counter()
         await gateway.ask(CHAT, ask(CHAT, stream=True))
         times.append(time.perf_counter() - asked)
-    assert min(times) < 1.0
+    assert min(times[1:]) < 0.035
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -403,6 +405,69 @@ async def test_the_usage_of_a_model_in_this_process_comes_where_it_was_asked_for
         *others, usage = events_in((await gateway.ask(CHAT, asked)).body)
         assert all(one["usage"] is None for one in others)
         assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 2)
+
+
+MODELS = '''
+import asyncio
+from vlmguard.chat import Response
+from vlmguard.errors import ContextTooLong
+from vlmguard.vlms.scripted import Scripted
+
+class Told(Scripted):
+    """Says a word, then what the last word of the request says."""
+
+    closed = False
+
+    def __init__(self):
+        super().__init__("Hello.")
+
+    async def stream(self, chat):
+        if "nothing" in chat.text:
+            return
+        if "at once" in chat.text:
+            raise ContextTooLong("the request is too long")
+        try:
+            yield "Hel"
+            if "late" in chat.text:
+                raise ContextTooLong("the request is too long")
+            if "fault" in chat.text:
+                raise ZeroDivisionError(chat.text)
+            await asyncio.sleep(60)
+        finally:
+            Told.closed = True
+'''
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> str:
+    (tmp_path / "models.py").write_text(MODELS)
+    return f"{tmp_path / 'models.py'}:Told"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_model_in_this_process_that_fails(path: str, told: str) -> None:
+    async with running(told) as gateway:
+        for words, status in (("at once", 400), ("nothing", 502)):
+            answer = await gateway.ask(path, ask(path, words, stream=True))
+            assert answer.status == status
+            error_of(path, answer)
+        for words, said in (("late", "too long"), ("fault", "a fault in the gateway")):
+            answer = await gateway.ask(path, ask(path, words, stream=True))
+            assert answer.status == 200
+            assert b'"Hel"' in answer.body
+            assert said in error_in(path, answer.body)["message"]
+            assert gateway.record(answer).action == "error"
+
+
+async def test_a_client_that_leaves_ends_the_work_of_a_model_in_this_process(told: str) -> None:
+    async with running(told) as gateway:
+        async with gateway.asking(CHAT, ask(CHAT, stream=True), x_request_id="left") as answer:
+            await begun(answer)
+        left = time.perf_counter()
+        model = gateway.gateway.target.vlm  # type: ignore[attr-defined]
+        await until(lambda: type(model).closed)
+        assert time.perf_counter() - left < 1.0
+        assert (await only_record(gateway, "left")).note == "the client left"
 
 
 GUARD = '''
