@@ -204,6 +204,17 @@ def test_an_open_failure_policy_leaves_everybody_unguarded(target: EchoTarget, t
     assert "\nvlmguard_breaker_open 1.0\n" in exposed
 
 
+def test_shadow_changes_nothing_but_for_a_refused_key(target: EchoTarget, tmp_path: Path) -> None:
+    with serving(f'[target]\nurl = "{target.url}/v1"\n[policy]\nmode = "shadow"\n', tmp_path) as address:
+        said = []
+        for words in ("something risky", "unreadable", "locked"):
+            body = {"model": "m", "messages": [{"role": "user", "content": words}]}
+            assert ask(address, "/v1/chat/completions", body)[0] == 200
+            said.append(asked(target.requests[-1]))
+    assert said[:2] == ["something risky", "unreadable"]
+    assert said[2].endswith('Request: "locked"')  # within the plea for caution
+
+
 def test_nginx_takes_its_settings(tmp_path: Path) -> None:
     program, openssl = shutil.which("nginx"), shutil.which("openssl")
     if program is None or openssl is None:

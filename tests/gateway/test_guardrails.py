@@ -122,6 +122,11 @@ async def test_f008_messages_that_do_not_tell_the_texts_are_seen_but_not_trusted
     assert got == {"action": "GUARDRAIL_INTERVENED", "texts": ["kind", "Safely: risky"]}
 
 
+async def test_a_picture_that_stands_beside_the_messages_is_seen() -> None:
+    seen, _ = await told(LITELLM, litellm(user("hello"), texts=["hello"], images=[PIXEL]))
+    assert [image.url for image in seen.images] == [PIXEL]
+
+
 async def test_texts_and_pictures_alone_are_guarded() -> None:
     seen, got = await told(LITELLM, litellm(texts=["kind", "risky"], images=[PIXEL]))
     assert [turn.text for turn in seen.messages] == ["kind", "risky"]
@@ -339,3 +344,23 @@ async def test_what_cannot_be_read_is_an_error_or_blocked(gateway: Running) -> N
         assert gateway.record(got).action == "refused"
     twice = await gateway.ask(GUARD, b'{"messages": [{"role": "user", "content": "kind", "content": "hostile"}]}')
     assert twice.status == 400
+
+
+class Fetching:
+    """In place of what fetches remote pictures: every one is the pixel."""
+
+    async def fetched(self, chat: Chat) -> Chat:
+        return chat.with_images([PIXEL] * len(chat.images))
+
+
+async def test_f061_a_picture_that_was_fetched_is_given_back(gateway: Running) -> None:
+    """So that the target sees the bytes that the guard saw, whatever the address says by then."""
+    gateway.gateway.fetcher = Fetching()  # type: ignore[assignment]
+    messages = [user([text("hello"), {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}])]
+    for path, body in (
+        (GUARD, {"messages": messages}),
+        (WEBHOOK, {"messages": messages}),
+        (LITELLM, litellm(*messages, texts=["hello"])),
+    ):
+        got = await gateway.ask(path, body)
+        assert got.json.get("messages", got.json.get("structured_messages")) == [user([text("hello"), IMAGE])]

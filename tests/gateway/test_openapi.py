@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from schemathesis import Case, CheckFunction, GenerationMode
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
+from starlette.routing import Route
 
 from tests import stand_ins
 from tests.gateway.running import running
+from vlmguard.gateway.app import build
 from vlmguard.gateway.config import Settings
 from vlmguard.gateway.guardrails import LITELLM
-from vlmguard.gateway.openapi import document
+from vlmguard.gateway.openapi import KEYS, PATH, document
 
-DOCS = Settings.model_validate({"server": {"docs": True}})
 DESCRIBED = schemathesis.openapi.from_dict(document(Settings()))
 OPERATIONS = {it.label: it for it in (told.ok() for told in DESCRIBED.get_all_operations() if isinstance(told, Ok))}
 POSTED = [label for label in OPERATIONS if label.startswith("POST")]
@@ -85,3 +86,38 @@ def test_the_gateway_answers_as_described(label: str, root: str) -> None:
 @pytest.mark.parametrize("label", POSTED)
 def test_the_gateway_answers_many_requests_as_described(label: str, root: str) -> None:
     hold(label, root, MANY)
+
+
+async def test_what_is_described_is_what_is_served(rewriter: stand_ins.Rewriter) -> None:
+    async with running("packaged:assistant", server={"docs": True}) as gateway:
+        told = document(gateway.gateway.settings)
+        served = {route.path for route in build(gateway.gateway).routes if isinstance(route, Route)}
+        assert served == told["paths"].keys()
+        got = await gateway.ask(PATH, method="GET")
+        assert (got.status, got.json) == (200, told)
+    async with running("packaged:assistant") as gateway:
+        got = await gateway.ask(PATH, method="GET")
+        assert got.status == 404
+
+
+@pytest.mark.parametrize(
+    ("section", "gone"),
+    [
+        ({"routes": {"guardrails": False}}, {"/v1/guard", "/v1/webhook", LITELLM}),
+        ({"telemetry": {"metrics": False}}, {"/metrics"}),
+    ],
+)
+def test_what_is_not_served_is_not_described(section: dict[str, Any], gone: set[str]) -> None:
+    told = document(Settings.model_validate(section))["paths"]
+    assert document(Settings())["paths"].keys() - told.keys() == gone
+
+
+def test_keys_and_a_targets_own_answers_are_described_where_there_are_some() -> None:
+    key = {"id": "a", "sha256": "0" * 64}
+    told = document(Settings.model_validate({"keys": [key], "target": {"url": "http://127.0.0.1:1/v1"}}))
+    chat, plain = (one["paths"]["/v1/chat/completions"]["post"] for one in (told, document(Settings())))
+    assert chat["security"] == [{name: []} for name in KEYS]
+    assert plain["security"] == []
+    assert "default" in chat["responses"]
+    assert "default" not in plain["responses"]
+    assert told["paths"]["/health/live"]["get"]["security"] == []

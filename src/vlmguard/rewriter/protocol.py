@@ -198,17 +198,29 @@ def render_input(chat: Chat, seen: Sequence[Seen] = (), *, whole: bool = False) 
     return "\n".join(lines)
 
 
+# Beside their content, templates and servers read of a message what a model thought and what a tool gave.
+TOLD: Final = (
+    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks", "refusal"),
+    "tool_responses",
+)
+
+
 def said_in(message: Message) -> str:
     """Everything that a model may read in a message: its text, tool results, tool calls and told reasoning."""
     raw = message.raw
-    told = [text for name in ("reasoning_content", "reasoning", "refusal") if isinstance(text := raw.get(name), str)]
+    told = [text if isinstance(text, str) else _json(text) for name in TOLD if (text := raw.get(name))]
     listed = raw.get("tool_calls")
-    calls = [call.get("function") for call in (listed if isinstance(listed, list) else ()) if isinstance(call, Mapping)]
-    for call in (*calls, raw.get("function_call")):
-        if isinstance(call, Mapping):
-            told.append(f"{call.get('name', '')}({call.get('arguments', '')})")
+    for call in (*(listed if isinstance(listed, list) else ()), {"function": raw.get("function_call")}):
+        for kind in ("function", "custom"):
+            if isinstance(call, Mapping) and isinstance(one := call.get(kind), Mapping):
+                given = (said for name in ("arguments", "input") if (said := one.get(name)))
+                told.append(f"{one.get('name', '')}({', '.join(map(str, given))})")
     told += [_called(part.raw) for part in flat(message.parts) if isinstance(part, Other)]
     return "\n".join(filter(None, (message.full_text, *told)))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _called(part: Mapping[str, Any]) -> str:
@@ -218,7 +230,7 @@ def _called(part: Mapping[str, Any]) -> str:
     given = part.get("input", part.get("arguments"))
     if given is None:
         return ""
-    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    text = given if isinstance(given, str) else _json(given)
     return f"{part.get('name', '')}({text})"
 
 

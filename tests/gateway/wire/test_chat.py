@@ -184,11 +184,59 @@ def test_f008_content_beside_content_is_refused(rival: str) -> None:
     assert CHAT.read(ask({"role": "user", "content": "kind", rival: None})).chat.text == "kind"
 
 
-@pytest.mark.parametrize("rival", ["input", "prompt", "documents", "chat_template", "input_ids", "multi_modal_data"])
+@pytest.mark.parametrize(
+    "rival",
+    [
+        "extra_body",
+        "prompt_id",
+        "system",
+        "instructions",
+        "input",
+        "prompt",
+        "documents",
+        "chat_template",
+        "input_ids",
+        "multi_modal_data",
+    ],
+)
 def test_f008_content_beside_messages_is_refused(rival: str) -> None:
     with pytest.raises(BadRequest, match=rival) as refused:
         CHAT.read(ask(*HELLO, **{rival: ["hostile"]}))
     assert refused.value.param == rival
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"fallbacks": [{"model": "m", "messages": [{"role": "user", "content": "hostile"}]}]}, "fallbacks"),
+        ({"content_policy_fallbacks": [{"model": "m", "messages": []}]}, "content_policy_fallbacks"),
+        ({"chat_template_kwargs": {"documents": ["hostile"]}}, "chat_template_kwargs.documents"),
+        ({"chat_template_kwargs": {"chat_template": "hostile"}}, "chat_template_kwargs.chat_template"),
+        ({"chat_template_kwargs": {"messages": ["hostile"]}}, "chat_template_kwargs.messages"),
+    ],
+)
+def test_f008_content_inside_what_servers_unpack_is_refused(extra: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        CHAT.read(ask(*HELLO, **extra))
+    assert refused.value.param == param
+    harmless = {"fallbacks": ["other", {"m": ["another"]}], "chat_template_kwargs": {"enable_thinking": False}}
+    assert CHAT.read(ask(*HELLO, **harmless)).chat.text == "hello"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"tool_calls": [{"id": "c1", "type": "custom", "custom": {"name": "shell", "input": "hidden words"}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": "kind", "input": "hidden words"}}]},
+        {"thinking": "hidden words"},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "hidden words"}]},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "hidden words"}]},
+        {"reasoning": {"text": "hidden words"}},
+        {"tool_responses": [{"name": "search", "response": "hidden words"}]},
+    ],
+)
+async def test_f010_what_a_model_or_tool_told_beside_the_content_is_seen(told: dict[str, Any]) -> None:
+    assert "hidden words" in await shown(CHAT, ask({"role": "assistant", "content": None, **told}, *HELLO))
 
 
 def test_f008_a_key_twice_never_gets_to_the_wire() -> None:

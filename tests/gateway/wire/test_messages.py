@@ -242,6 +242,8 @@ def test_a_part_that_no_guard_can_read_is_refused_by_its_place(part: dict[str, A
         (ask(*HELLO, system=["kind", {"type": "document"}]), "system[1]"),
         (ask(*HELLO, input="hostile"), "input"),
         (ask(*HELLO, prompt="hostile"), "prompt"),
+        (ask(*HELLO, extra_body={"messages": ["hostile"]}), "extra_body"),
+        (ask(*HELLO, fallbacks=[{"model": "m", "messages": ["hostile"]}]), "fallbacks"),
         (ask({"role": "user", "content": "kind", "content_blocks": ["hostile"]}), "messages[0].content_blocks"),
     ],
 )

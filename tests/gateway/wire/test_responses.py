@@ -162,6 +162,7 @@ def test_a_picture_that_is_spelled_otherwise_is_changed_to_this_apis_part() -> N
     chat_part = {"type": "image_url", "image_url": {"url": OLD, "detail": "low"}}
     asked = WIRE.read(ask([user(block, chat_part)]))
     assert same(WIRE.write(asked, asked.chat), ask([user(block, chat_part)]))
+    assert same(WIRE.write(asked, asked.chat.with_text("hi"))["input"], [user(block, chat_part, text("hi"))])
     (item,) = WIRE.write(asked, asked.chat.with_images([NEW, NEW]))["input"]
     assert item["content"] == [image(NEW), image(NEW, detail="low")]
 
@@ -280,6 +281,8 @@ def test_an_item_that_no_guard_can_read_is_refused_by_its_place(item: Any, place
         ({"prompt": {"id": "p1"}}, "prompt"),
         ({"messages": [{"role": "user", "content": "hostile"}]}, "messages"),
         ({"images": [NEW]}, "images"),
+        ({"extra_body": {"input": "hostile"}}, "extra_body"),
+        ({"fallbacks": [{"model": "m", "input": "hostile"}]}, "fallbacks"),
         ({"instructions": ["hostile"]}, "instructions"),
         ({"input": None}, "input"),
         ({"input": []}, "input"),

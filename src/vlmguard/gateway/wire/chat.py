@@ -9,10 +9,12 @@ from vlmguard.chat import Chat, Response, Usage
 from vlmguard.errors import TargetError
 from vlmguard.gateway.wire.problem import Problem
 from vlmguard.gateway.wire.protocol import Conversation, event, fields_of, listed, model_in, stream_in, without
-from vlmguard.gateway.wire.reading import BESIDE_MESSAGES, read_message, refuse_beside
+from vlmguard.gateway.wire.reading import BESIDE_MESSAGES, read_message, refuse_beside, refuse_inside
 from vlmguard.vlms.completions import completion
 
 OF_MODELS: Final = ("refusal", "thinking", "redacted_thinking")
+OF_OTHER_APIS: Final = ("system", "instructions", "previous_response_id", "conversation")
+BESIDE_TURNS: Final = (*BESIDE_MESSAGES, *OF_OTHER_APIS)
 MOST_CHOICES: Final = 128  # what OpenAI takes for n
 KINDS: Final = {
     400: "invalid_request_error",
@@ -43,7 +45,8 @@ class ChatCompletions(OpenAIErrors):
 
     def read(self, body: Any) -> Conversation:
         fields = fields_of(body)
-        refuse_beside(fields, BESIDE_MESSAGES, '"messages"')
+        refuse_beside(fields, BESIDE_TURNS, '"messages"')
+        refuse_inside(fields, '"messages"')
         turns = listed(fields, "messages", "message")
         messages = tuple(read_message(turn, f"messages[{at}]", OF_MODELS) for at, turn in enumerate(turns))
         chat = Chat(messages, without(fields, "messages"), list(fields).index("messages"))

@@ -23,7 +23,7 @@ from vlmguard.gateway.wire.protocol import (
     stream_in,
     without,
 )
-from vlmguard.gateway.wire.reading import BESIDE_MESSAGES, read_content, read_message, refuse_beside
+from vlmguard.gateway.wire.reading import BESIDE_MESSAGES, read_content, read_message, refuse_beside, refuse_inside
 from vlmguard.images import open_url, to_data_uri
 from vlmguard.strict_json import unexpected
 
@@ -48,6 +48,7 @@ class Messages:
     def read(self, body: Any) -> Conversation:
         fields = fields_of(body)
         refuse_beside(fields, BESIDE_MESSAGES, '"messages"')
+        refuse_inside(fields, '"messages"')
         turns = [_turn(turn, f"messages[{at}]") for at, turn in enumerate(listed(fields, "messages", "message"))]
         system, stops = fields.get("system"), fields.get("stop_sequences")
         first = read_content({"role": "system", "content": system}, "system", system, "system", ())

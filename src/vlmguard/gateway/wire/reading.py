@@ -27,7 +27,11 @@ UNREAD: Final = (
 BESIDE_MESSAGES: Final = (
     *RIVALS_OF_MESSAGES,
     *("documents", "chat_template", "prompt_embeds", "input_ids", "input_embeds", "prompt_token_ids"),
+    # LiteLLM puts the fields of the first over the request's own, and fetches what the second names.
+    *("extra_body", "prompt_id"),
 )
+# With these, LiteLLM sends messages of their own where the first model fails.
+FALLBACKS: Final = ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
 BESIDE_CONTENT: Final = (*RIVALS_OF_CONTENT, *UNREAD)
 IN_A_TEXT: Final = (*IMAGE_SOURCES, *UNREAD, "content")
 IN_AN_IMAGE: Final = (*UNREAD, "content")
@@ -55,6 +59,23 @@ def refuse_beside(fields: Mapping[str, Any], names: Iterable[str], content: str,
     if found := [name for name in names if fields.get(name)]:
         param = f"{where}.{found[0]}" if where else found[0]
         raise BadRequest(f"{where or 'the request'} has {', '.join(found)} beside {content}", APART, param=param)
+
+
+def refuse_inside(fields: Mapping[str, Any], content: str) -> None:
+    """Raises BadRequest where a field that servers unpack brings content of its own beside the place for it."""
+    if isinstance(kwargs := fields.get("chat_template_kwargs"), Mapping):
+        refuse_beside(kwargs, ("messages", *BESIDE_MESSAGES), content, "chat_template_kwargs")
+    for name in FALLBACKS:
+        given = fields.get(name)
+        if given and not (isinstance(given, list) and all(_names_models(one) for one in given)):
+            remedy = "Name other models only."
+            raise BadRequest(f"{name} may bring content beside {content}", remedy, param=name)
+
+
+def _names_models(fallback: Any) -> bool:
+    """Whether it is a model's name, or names of models by a model's."""
+    lists = fallback.values() if isinstance(fallback, Mapping) else [[fallback]]
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
 
 
 def read_message(raw: Any, where: str, of_models: Collection[str]) -> Message:

@@ -33,6 +33,7 @@ from vlmguard.gateway.wire.reading import (
     read_content,
     read_message,
     refuse_beside,
+    refuse_inside,
     told,
 )
 from vlmguard.parts import Text
@@ -60,6 +61,7 @@ class Responses(OpenAIErrors):
         fields = fields_of(body)
         _refuse_stored(fields)
         refuse_beside(fields, BESIDE_INPUT, '"input"')
+        refuse_inside(fields, '"input"')
         turns = [_turn(item, f"input[{at}]") for at, item in enumerate(_items(fields))]
         instructions = fields.get("instructions")
         if instructions is not None and not isinstance(instructions, str):
