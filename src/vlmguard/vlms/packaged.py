@@ -53,7 +53,7 @@ def _adapted(adapter: str) -> tuple[Any, Any]:
             "Install vlmguard-r1 again, or train them: runs/packaged.sh.",
         )
     folder = assemble.ensure(_say)
-    with _Quiet():
+    with Quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
         processor = AutoProcessor.from_pretrained(folder)
     model.model.multi_modal_projector.load_state_dict(load_file(WEIGHTS / adapter / "projector.safetensors"))
@@ -61,7 +61,7 @@ def _adapted(adapter: str) -> tuple[Any, Any]:
     return adapted.merge_and_unload().eval(), processor
 
 
-class _Quiet:
+class Quiet:
     """No progress bars of transformers while it loads."""
 
     def __enter__(self) -> None:
