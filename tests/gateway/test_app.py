@@ -66,6 +66,23 @@ async def test_an_answer_comes_back_byte_for_byte(gateway: Running, upstream: Up
     assert not {"set-cookie", "x-own"} & answer.headers.keys()
 
 
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 3}, (7, 3)),
+        ({"input_tokens": 7, "output_tokens": 3}, (7, 3)),
+        ({"prompt_tokens": "many"}, (None, None)),
+        ("free", (None, None)),
+    ],
+)
+async def test_the_record_has_what_the_answer_cost(
+    usage: object, counts: tuple[int | None, int | None], gateway: Running, upstream: Upstream
+) -> None:
+    upstream.says(whole({**completion(), "usage": usage}))
+    record = gateway.record(await gateway.ask(CHAT, ask(CHAT)))
+    assert (record.prompt_tokens, record.completion_tokens) == counts
+
+
 async def test_only_the_models_name_is_replaced_where_the_operator_names_one(upstream: Upstream) -> None:
     async with running(upstream, target={"model": "other"}) as gateway:
         body = {"model": "m", "messages": [{"role": "user", "content": "Hi."}], "zz": [1, None]}

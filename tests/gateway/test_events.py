@@ -4,6 +4,7 @@ import pytest
 
 from tests.gateway.running import DONE, chunk, event
 from vlmguard.gateway.events import Passing
+from vlmguard.gateway.wire.responses import Responses
 
 STREAM = [
     chunk("Grüße, 世界 "),
@@ -16,7 +17,7 @@ STREAM = [
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 7, 50, 10_000])
 def test_the_same_bytes_come_out_cut_between_events(largest: int) -> None:
-    whole, dice, passing = b"".join(STREAM), random.Random(largest), Passing(b"[DONE]")
+    whole, dice, passing = b"".join(STREAM), random.Random(largest), Passing([b"[DONE]"])
     came, at = [], 0
     while at < len(whole):
         size = dice.randint(1, largest)
@@ -31,11 +32,11 @@ def test_the_same_bytes_come_out_cut_between_events(largest: int) -> None:
 
 @pytest.mark.parametrize("piece", STREAM)
 def test_a_whole_event_goes_on_at_once(piece: bytes) -> None:
-    assert Passing(b"[DONE]").push(piece) == piece
+    assert Passing([b"[DONE]"]).push(piece) == piece
 
 
 def test_half_an_event_waits_for_its_other_half() -> None:
-    passing = Passing(b"[DONE]")
+    passing = Passing([b"[DONE]"])
     assert passing.push(chunk("a") + b'data: {"b') == chunk("a")
     assert passing.held == 9
     assert passing.push(b'": 1}\n') == b""
@@ -44,7 +45,7 @@ def test_half_an_event_waits_for_its_other_half() -> None:
 
 
 def test_a_line_that_keeps_a_connection_alive_does_not_wait() -> None:
-    passing = Passing(b"[DONE]")
+    passing = Passing([b"[DONE]"])
     assert passing.push(b": ping\n") == b": ping\n"
     assert passing.push(b": pi") == b""
     assert passing.push(b"ng\n") == b": ping\n"
@@ -62,8 +63,17 @@ def test_a_line_that_keeps_a_connection_alive_does_not_wait() -> None:
     ],
 )
 def test_the_end_is_known(events: bytes, final: bytes) -> None:
-    passing = Passing(final)
+    passing = Passing([final])
     passing.push(events)
+    assert passing.ended
+
+
+@pytest.mark.parametrize("status", ["completed", "incomplete", "failed"])
+def test_an_answer_of_responses_ends_in_three_ways(status: str) -> None:
+    passing = Passing(Responses.final)
+    passing.push(b"event: response.output_text.delta\ndata: {}\n\n")
+    assert not passing.ended
+    passing.push(f"event: response.{status}\ndata: {{}}\n\n".encode())
     assert passing.ended
 
 
@@ -71,14 +81,14 @@ def test_the_end_is_known(events: bytes, final: bytes) -> None:
     ("text", "final"), [("[DONE]", b"[DONE]"), ("data: [DONE]", b"[DONE]"), ("event: message_stop", b"message_stop")]
 )
 def test_a_model_that_writes_of_the_end_is_not_at_it(text: str, final: bytes) -> None:
-    passing = Passing(final)
+    passing = Passing([final])
     passing.push(chunk(text))
     passing.push(event({"text": f"\n{text}\n"}))
     assert not passing.ended
 
 
 def test_what_is_left_is_given_at_the_end() -> None:
-    passing = Passing(b"[DONE]")
+    passing = Passing([b"[DONE]"])
     passing.push(b"data: [DONE]")
     assert passing.held
     assert passing.rest() == b"data: [DONE]"

@@ -7,6 +7,7 @@ So an error can be the next event of a stream that broke off, and a character is
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 ENDS: Final = (b"\n\n", b"\n\r\n")  # of an event
@@ -15,11 +16,11 @@ ENDS: Final = (b"\n\n", b"\n\r\n")  # of an event
 class Passing:
     """
     Args:
-        final: the name, or the whole data, of the event that ends a stream.
+        final: names, or the whole data, of the events that end a stream.
         ended: that event went through.
     """
 
-    def __init__(self, final: bytes) -> None:
+    def __init__(self, final: Collection[bytes]) -> None:
         self.final, self.ended = final, False
         self._held = bytearray()
 
@@ -53,8 +54,8 @@ class Passing:
         return self._held[:1] == b":" and self._held.find(b"\n") == len(self._held) - 1
 
     def _sent(self, events: bytes) -> bytes:
-        if self.final in events and not self.ended:
-            self.ended = any(_value(line) == self.final for line in events.splitlines())
+        if not self.ended and any(final in events for final in self.final):
+            self.ended = any(_value(line) in self.final for line in events.splitlines())
         return events
 
 

@@ -172,7 +172,7 @@ class Exchange:
         body = b"".join(pieces)
         if wire is not None and answer.status < 300:
             try:
-                orjson.loads(body)
+                self.facts.said(orjson.loads(body))
             except ValueError:
                 raise BadAnswer("the target's answer is not JSON", "Its operator may know more.") from None
         await self.answer(answer.status, body, *answer.headers)

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vlmguard.chat import Chat, Image, Step
 from vlmguard.errors import ImageError
@@ -23,6 +24,7 @@ class Facts:
         held: a stream was held back until the guard had seen the whole answer.
         at: when the request came, in seconds since 1970; `begun` is of `time.perf_counter`.
         upstream_first_byte_seconds: from asking the target; `first_byte_seconds` since the request came.
+        prompt_tokens, completion_tokens: of a whole answer that says so; a stream's are not looked for.
     """
 
     request_id: str
@@ -43,6 +45,8 @@ class Facts:
     upstream_first_byte_seconds: float | None = None
     first_byte_seconds: float | None = None
     pictures: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     _hashing: asyncio.Future[tuple[ImageFacts, ...]] | None = None
 
     @property
@@ -62,6 +66,13 @@ class Facts:
 
     def screened(self, step: Step, seconds: float) -> None:
         self.step, self.action, self.guard_seconds, self.note = step, step.action, seconds, step.note
+
+    def said(self, answer: Any) -> None:
+        """What a whole answer says that it cost, in OpenAI's words or Anthropic's."""
+        usage = answer.get("usage") if isinstance(answer, Mapping) else None
+        if isinstance(usage, Mapping):
+            self.prompt_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
+            self.completion_tokens = usage.get("completion_tokens", usage.get("output_tokens"))
 
     def began(self) -> None:
         """The answer has begun."""
@@ -99,6 +110,8 @@ class Facts:
             _milliseconds(self.guard_seconds),
             _milliseconds(self.first_byte_seconds),
             _milliseconds(self.seconds),
+            self.prompt_tokens,
+            self.completion_tokens,
             versions=versions,
             texts=Texts(self.original, step.sent) if texts and step else None,
         )

@@ -41,7 +41,7 @@ class OpenAIErrors:
 
 class ChatCompletions(OpenAIErrors):
     path = "/v1/chat/completions"
-    final = b"[DONE]"
+    final = (b"[DONE]",)
 
     def read(self, body: Any) -> Conversation:
         fields = fields_of(body)

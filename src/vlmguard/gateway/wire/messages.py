@@ -43,7 +43,7 @@ KINDS: Final = {
 class Messages:
     path = "/v1/messages"
     ending = b""
-    final = b"message_stop"
+    final = (b"message_stop",)
 
     def read(self, body: Any) -> Conversation:
         fields = fields_of(body)

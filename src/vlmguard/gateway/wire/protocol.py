@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -45,7 +45,7 @@ class Wire(Protocol):
     Args:
         path: of its route.
         ending: what must end a stream; b"" where nothing must.
-        final: the name, or the whole data, of the event that ends a stream.
+        final: names, or the whole data, of the events that end a stream.
     """
 
     @property
@@ -53,7 +53,7 @@ class Wire(Protocol):
     @property
     def ending(self) -> bytes: ...
     @property
-    def final(self) -> bytes: ...
+    def final(self) -> Collection[bytes]: ...
 
     def read(self, body: Any) -> Conversation:
         """Reads what `parse_json` gave. Raises BadRequest on what a guard could read differently from a model, or not at all."""

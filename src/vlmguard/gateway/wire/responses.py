@@ -55,7 +55,7 @@ OF_MODELS: Final = (
 class Responses(OpenAIErrors):
     path = "/v1/responses"
     ending = b""
-    final = b"response.completed"
+    final = (b"response.completed", b"response.incomplete", b"response.failed")
 
     def read(self, body: Any) -> Conversation:
         fields = fields_of(body)
