@@ -18,12 +18,14 @@ from vlmguard.rewriter.gate import is_foreign
 SEEDS, RANK, EPOCHS = 2, 16, 2.5
 FALSE_POSITIVE_RATES = {"text": 0.125, "foreign": 0.20, "photo": 0.05, "words": 0.38}
 THRESHOLD = 0.5
+DOUBT = -3.5  # of the networks' logit: no flagged risky held-out case lies below
 
 
 @dataclass(frozen=True)
 class Calibration:
     weights: tuple[float, ...]
     offsets: dict[str, float]
+    expected: tuple[float, float]
     recall: dict[str, float]
     plain_false_positives: float
 
@@ -53,6 +55,7 @@ def fit(judged: Sequence[Sequence[float]], cases: Sequence[Case]) -> Calibration
     return Calibration(
         tuple(model.coef_[0].tolist()),
         {name: -limit for name, limit in limits.items()},
+        tuple(np.polyfit(every[:, 0], every[:, 1], 1).tolist()),
         {name: round(float(flagged[(kinds == name) & risky].mean()), 3) for name in limits},
         round(float(flagged[plain].mean()), 4),
     )

@@ -47,6 +47,8 @@ def pack(run: Run) -> None:
         "rank": calibrate.RANK,
         "weights": found.weights,
         "offsets": found.offsets,
+        "doubt": calibrate.DOUBT,
+        "expected": found.expected,
         "threshold": calibrate.THRESHOLD,
     }
     (TARGET / "gate.json").write_text(json.dumps(gate, indent=1))

@@ -274,3 +274,47 @@ async def test_a_safe_verdict_is_not_rewritten(rewriter: PackagedRewriter) -> No
     passed = await rewriter(Chat.of("Hello, how are you?"))
     assert (passed.prompt, passed.analysis) == (None, None)
     assert isinstance(passed, Rewrite)
+
+
+async def test_the_gates_networks_share_their_encoder_and_judge_as_if_they_did_not(rewriter: PackagedRewriter) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from vlmguard.rewriter.network import RiskNetwork
+
+    first, second = rewriter.gate.networks
+    frozen = [value for value in second.encoder.parameters() if not value.requires_grad]
+    assert {value.data_ptr() for value in frozen} <= {value.data_ptr() for value in first.encoder.parameters()}
+    alone = RiskNetwork.make(len(CATEGORIES), first.rank)
+    alone.load_own_state(load_file(FOLDER / "gate-1.safetensors"))
+    pairs, pictures = [(HARMFUL.lower(), "picture: tench")], [torch.ones(1, 1280)]
+    with torch.inference_mode():
+        assert torch.equal(alone.eval()(pairs, pictures)[0], second(pairs, pictures)[0])
+        assert not torch.equal(first(pairs, pictures)[0], second(pairs, pictures)[0])
+
+
+@pytest.mark.parametrize(("logit", "asked"), [(-4.0, 0), (-3.0, 1)])
+async def test_the_first_token_is_asked_about_a_picture_only_in_doubt(
+    rewriter: PackagedRewriter, logit: float, asked: int
+) -> None:
+    import torch
+
+    from vlmguard.rewriter.gate import Gate
+    from vlmguard.rewriter.packaged import Look
+
+    def network(pairs: Sequence[object], pictures: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((len(pairs),), logit), torch.zeros(len(pairs), len(CATEGORIES))
+
+    calls: list[Chat] = []
+
+    def first_token(chat: Chat) -> float:
+        calls.append(chat)
+        return 1.0
+
+    real = rewriter.gate
+    gate = Gate([network], real.weights, real.offsets, real.doubt, real.expected, real.threshold)  # type: ignore[list-item]
+    look = Look(torch.zeros(49, 1280), ("tench",), "")
+    gate(Chat.of("What is this?"), [look], first_token)
+    assert len(calls) == asked
+    gate(Chat.of("What is this?"), [], first_token)  # without a picture it is quick to ask
+    assert len(calls) == asked + 1

@@ -268,12 +268,17 @@ class Gate:
         networks: their logits are averaged.
         weights: of that mean, and of the rewriter's first token (the logit of "risky" above "safe").
         offsets: added to the weighed sum; one for each kind of request (`kind_of`).
+        doubt: the networks' logit below which a request with a picture is harmless without asking the first token, whose
+            place `expected` then takes.
+        expected: slope and intercept of the first token's logit over that of the networks.
         threshold: the calibrated probability from which a request counts as risky; how it was set stands in the model card.
     """
 
     networks: Sequence[RiskNetwork]
     weights: tuple[float, float]
     offsets: dict[str, float]
+    doubt: float
+    expected: tuple[float, float]
     threshold: float
 
     @classmethod
@@ -283,12 +288,14 @@ class Gate:
         from vlmguard.rewriter.network import RiskNetwork
 
         told: dict[str, Any] = json.loads((folder / "gate.json").read_text())
-        networks = []
-        for name in told["networks"]:
-            network = RiskNetwork.make(len(CATEGORIES), told["rank"])
+        first = RiskNetwork.make(len(CATEGORIES), told["rank"])
+        networks = [first, *(first.twin() for _ in told["networks"][1:])]
+        for name, network in zip(told["networks"], networks, strict=True):
             network.load_own_state(load_file(folder / name))
-            networks.append(network.eval())
-        return cls(networks, tuple(told["weights"]), told["offsets"], told["threshold"])
+            network.eval()
+        return cls(
+            networks, tuple(told["weights"]), told["offsets"], told["doubt"], tuple(told["expected"]), told["threshold"]
+        )
 
     def __call__(
         self, chat: Chat, looks: Sequence[Look], first_token: Callable[[Chat], float]
@@ -309,8 +316,13 @@ class Gate:
         logits = torch.stack([logit for logit, _ in made]).mean(0)
         worst = int(logits.argmax())
         category = torch.stack([one for _, one in made]).mean(0)[worst]
-        spoken = [chat] if len(windows) == 1 else [chat, chat.with_text(windows[worst])]
-        judged = float(logits[worst]), max(first_token(one) for one in spoken)
+        mean = float(logits[worst])
+        if looks and mean < self.doubt:
+            spoken = self.expected[0] * mean + self.expected[1]
+        else:
+            asked = [chat] if len(windows) == 1 else [chat, chat.with_text(windows[worst])]
+            spoken = max(first_token(one) for one in asked)
+        judged = mean, spoken
         calibrated = (
             sum(w * x for w, x in zip(self.weights, judged, strict=True)) + self.offsets[kind_of(looks, request)]
         )

@@ -6,6 +6,7 @@ token, a linear map of the vision tower's pooled features. Low-rank updates of t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ class RiskNetwork(nn.Module):
         with Quiet():
             encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         return cls(encoder, AutoTokenizer.from_pretrained(folder), categories, rank)
+
+    def twin(self) -> RiskNetwork:
+        """Another one on the same encoder: what is frozen is shared, what we trained is a copy."""
+        shared = [self.tokenizer, *(value for value in self.encoder.parameters() if not value.requires_grad)]
+        return copy.deepcopy(self, {id(one): one for one in shared})
 
     def own_state(self) -> dict[str, Tensor]:
         """What we trained, without the encoder's own weights."""
