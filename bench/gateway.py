@@ -2,7 +2,7 @@
 
 One instant mock upstream. Every way to it is measured in every round, one after the other, so that they share the
 machine's moods: direct; through us with the guard off, in shadow, and rewriting (a scripted rewriter each time); and
-through LiteLLM (python -m venv build/litellm && build/litellm/bin/pip install "litellm[proxy]==1.108.7"). A chat of 1 KB,
+through LiteLLM (make counterparts). A chat of 1 KB,
 and one with a picture of 1 MB; 1, 16 and 64 clients. The load comes from this process over plain sockets.
 
 Prints JSON: requests a second, milliseconds added at p50, p95 and p99 (over the direct way), requests a second of

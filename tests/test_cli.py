@@ -188,7 +188,7 @@ def test_wrong_combinations(vlmguard: Run, working_folder: Path, arguments: list
 
 def test_list(vlmguard: Run) -> None:
     everything = json.loads(vlmguard("list", "--json").stdout)
-    assert list(everything) == ["guards", "vlms", "rewriters", "categories"]
+    assert list(everything) == ["guards", "vlms", "rewriters", "sources", "judges", "categories"]
     assert {entry["name"] for entry in everything["categories"]} == set(CATEGORIES)
     assert json.loads(vlmguard("list", "guards", "--json").stdout) == {"guards": everything["guards"]}
     assert all(entry["what"].endswith(".") for entry in everything["guards"])

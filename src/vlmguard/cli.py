@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from vlmguard import cli_gateway
+from vlmguard import cli_gateway, cli_training
 from vlmguard.cli_options import Json
 from vlmguard.errors import VLMGuardError
 
@@ -203,7 +203,7 @@ def guard(
 @app.command("list")
 def list_(
     kind: Annotated[
-        Literal["guards", "vlms", "rewriters", "categories"] | None,
+        Literal["guards", "vlms", "rewriters", "sources", "judges", "categories"] | None,
         typer.Argument(help="Only these.", show_default=False),
     ] = None,
     as_json: Json = False,
@@ -275,3 +275,4 @@ def demo(
 app.command()(cli_gateway.serve)
 app.command()(cli_gateway.key)
 app.add_typer(cli_gateway.audit_log, name="audit-log")
+app.command()(cli_training.synthesize)

@@ -1,6 +1,6 @@
 """A real LiteLLM proxy beside the gateway, set up as docs/gateway.md says: it asks our guardrail, or has us as a model.
 
-LiteLLM has an environment of its own: python -m venv build/litellm && build/litellm/bin/pip install "litellm[proxy]==1.108.7"
+LiteLLM has an environment of its own: make counterparts
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALONE = {
 START_SECONDS = 90.0
 WAYS = ("guarded", "direct")  # the gateway as a model; a model of LiteLLM's own, and the gateway as a guardrail
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="there is no build/litellm; this file says how to make it")
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="there is no build/litellm; make counterparts makes it")
 
 
 @pytest.fixture(scope="module")

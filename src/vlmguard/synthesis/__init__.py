@@ -1,0 +1,1 @@
+"""From image-text samples to a rewriter's training data, in the paper's three reasoning stages."""
