@@ -154,14 +154,14 @@ class Server:
     name = "server"
     can = frozenset({Capability.TEXT})
 
-    def __init__(self, refuses: bool = False, finish_reason: str = "stop") -> None:
+    def __init__(self, refuses: Exception | None = None, finish_reason: str = "stop") -> None:
         self.refuses, self.finish_reason = refuses, finish_reason
         self.asked: list[Chat] = []
 
     async def __call__(self, chat: Chat) -> Response:
         self.asked.append(chat)
         if self.refuses and "response_format" in chat.extra:
-            raise Upstream("no such field", status=400)
+            raise self.refuses
         return Response(GOOD, finish_reason=self.finish_reason, usage=Usage(1, 3, 4))
 
     def stream(self, chat: Chat) -> Any:
@@ -183,8 +183,9 @@ async def test_a_server_is_held_to_the_stages_form() -> None:
     assert asked.extra["temperature"] == 0
 
 
-async def test_a_server_without_forms_is_asked_plainly_from_then_on() -> None:
-    server = Server(refuses=True)
+@pytest.mark.parametrize("refusal", [Upstream("no such field", status=400), ConfigError("a local model has no forms")])
+async def test_a_server_without_forms_is_asked_plainly_from_then_on(refusal: Exception) -> None:
+    server = Server(refusal)
     analyst = Asked(server)
     await asyncio.gather(analyst(QUESTION))
     await analyst(QUESTION)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
+import stamina
 from rich.console import Console
 from rich.text import Text
 
@@ -67,6 +68,7 @@ def quietly() -> Iterator[None]:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+    stamina.instrumentation.set_on_retry_hooks(())  # a line for each try of each call
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

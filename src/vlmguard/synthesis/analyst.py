@@ -21,7 +21,7 @@ from typing import Final, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel, ValidationError
 
 from vlmguard.chat import Chat, Message, Response, Usage
-from vlmguard.errors import BadAnswer, ConfigError, Upstream
+from vlmguard.errors import BadAnswer, BadRequest, ConfigError, Upstream
 from vlmguard.journal import Journal
 from vlmguard.rewriter.protocol import quote, script
 from vlmguard.synthesis.sample import Sample
@@ -95,7 +95,7 @@ class Analyst(Protocol):
 class Asked:
     """A VLM as the analyst: an endpoint or a local model.
 
-    It is asked for JSON of the stage's schema; where a server refuses that option, plainly, from then on.
+    It is asked for JSON of the stage's schema; where that option is refused, plainly, from then on.
     """
 
     vlm: VLM
@@ -112,10 +112,10 @@ class Asked:
         form = {"name": question.stage, "schema": question.schema.model_json_schema(), "strict": True}
         try:
             answer = await self._timed(chat.with_extra(response_format={"type": "json_schema", "json_schema": form}))
-        except Upstream as error:
-            if error.status not in (400, 404, 422):
+        except (Upstream, ConfigError, BadRequest) as error:
+            if isinstance(error, Upstream) and error.status not in (400, 404, 422):
                 raise
-            answer = await self._timed(chat)
+            answer = await self._timed(chat)  # raises again where the form was not the reason
             self.constrained = False
         return _said(answer)
 

@@ -67,7 +67,11 @@ def safety(risk: float, threshold: float) -> float:
     >>> safety(0.6, 0.2)
     2.5
     """
-    share = 0.5 * risk / threshold if risk <= threshold else 1 - 0.5 * (1 - risk) / (1 - threshold)
+    share = 0.5
+    if risk < threshold:
+        share = 0.5 * risk / threshold
+    elif risk > threshold:
+        share = 1 - 0.5 * (1 - risk) / (1 - threshold)
     return HIGHEST * (1 - share)
 
 

@@ -98,7 +98,8 @@ def parse_judgement(text: str) -> Judgement:
     Thoughts in <think> tags, a code fence and words around the object are passed over. Two objects that disagree are
     none: the judge may have quoted the answer, which can hold an object of its own.
     """
-    said = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", "", text[:MAX_READ_CHARACTERS])
+    _, _, said = text[:MAX_READ_CHARACTERS].rpartition("</think>")  # some templates open it in the prompt
+    said = said.partition("<think>")[0]
     found = [one for one in _objects(said) if FIELDS & one.keys()]
     judgements = {
         (_score(one.get("safety")), _score(one.get("helpfulness")), _flag(one.get("refused"))) for one in found
