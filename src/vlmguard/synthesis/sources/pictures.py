@@ -122,7 +122,7 @@ class _Archive:
             if path.suffix == ".zip":
                 archive = closing.enter_context(zipfile.ZipFile(path))
                 return cls(archive, {one.filename: one for one in archive.infolist() if not one.is_dir()})
-            tar = closing.enter_context(tarfile.open(path, "r:"))
+            tar = closing.enter_context(tarfile.open(path, "r:"))  # noqa: SIM115 (closing does)
             return cls(tar, {one.name.removeprefix("./"): one for one in tar if one.isfile()})
         except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
             raise torn(path, "an archive") from error
