@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def guard(name: str) -> Callable[..., VLM]:
 
 
 def rewriter(spec: str) -> Rewriter:
-    """The rewriter that `spec` names: packaged:rewriter, one of your own (FILE.py:NAME), or any VLM, prompted."""
+    """The rewriter that `spec` names: packaged:rewriter, a folder that `vlmguard train` made, one of your own (FILE.py:NAME),
+    or any VLM, prompted."""
     from vlmguard.rewriter.rewriter import Prompted, Rewriter
 
     if spec == "packaged:rewriter":
@@ -79,7 +81,32 @@ def rewriter(spec: str) -> Rewriter:
         if isinstance(found, Rewriter):
             return found
         return Prompted(made(spec, VLM))
-    return Prompted(vlm(spec))
+    trained = _trained(spec)
+    return Prompted(vlm(spec)) if trained is None else trained
+
+
+def _trained(spec: str) -> Rewriter | None:
+    """A rewriter that was trained here, as its rewriter.json says: "OUT", or "hf:BASE+OUT" to name its base anew."""
+    from vlmguard.rewriter.rewriter import Prompted
+
+    base, _, adapter = spec.removeprefix("hf:").rpartition("+") if spec.startswith("hf:") else ("", "", spec)
+    note = Path(adapter) / "rewriter.json"
+    if not note.is_file():
+        return None
+    try:
+        told = json.loads(note.read_text("utf-8"))
+        threshold, instructed = float(told["threshold"]), bool(told["instructed"])
+        base = base or str(told["base"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{note} is damaged: {error!r}", "Train the rewriter again, or mend the file.") from None
+    if base == "packaged:base":
+        from vlmguard.vlms import assemble
+
+        base = str(assemble.ensure(lambda line: None))
+    alone = not (Path(adapter) / "adapter_config.json").is_file()
+    return Prompted(
+        _local(adapter, None) if alone else _local(base.removeprefix("hf:"), adapter), threshold, instructed
+    )
 
 
 def entry(name: str, known: Mapping[str, str], kind: str) -> Any:

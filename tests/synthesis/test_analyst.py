@@ -19,6 +19,7 @@ from vlmguard.synthesis.analyst import (
     Asked,
     Authored,
     Desk,
+    InTurn,
     Recorded,
     analyst_of,
     goes_round,
@@ -197,6 +198,18 @@ async def test_an_answer_that_was_cut_off_or_withheld_is_none(reason: str, probl
     with pytest.raises(AnswerUnusable, match=problem) as caught:
         await Asked(Server(finish_reason=reason))(QUESTION)
     assert caught.value.usage.completion_tokens == 4
+
+
+async def test_several_endpoints_are_asked_in_turn() -> None:
+    analyst = analyst_of("http://127.0.0.1:1/v1#m,http://127.0.0.1:2/v1#m")
+    assert isinstance(analyst, InTurn)
+    assert analyst.name == "http://127.0.0.1:1/v1#m,http://127.0.0.1:2/v1#m"
+    three = [StandIn() for _ in range(3)]
+    turns = InTurn(three)
+    for _ in range(7):
+        await turns(QUESTION)
+    assert [len(one.asked) for one in three] == [3, 2, 2]
+    await analyst.aclose()
 
 
 def test_every_stage_has_an_answer_to_test_with() -> None:

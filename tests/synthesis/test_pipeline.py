@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,8 @@ async def test_a_model_that_cannot_be_reached_is_no_verdict(error: TargetError) 
     with pytest.raises(Interrupted) as caught:
         await Pipeline(StandIn({"causal": error}))(sample())
     assert (caught.value.place, caught.value.cause) == ("causal", error)
+    again = pickle.loads(pickle.dumps(caught.value))  # as Ray's actors send it
+    assert (again.place, again.sample.id, type(again.cause)) == ("causal", "a", type(error))
 
 
 async def test_a_refused_key_ends_the_run() -> None:

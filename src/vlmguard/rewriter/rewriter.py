@@ -92,10 +92,17 @@ class Prompted:
         return replace(parse_output(answer.text, risk), usage=usage)
 
     async def _asked(self, chat: Chat) -> Chat:
-        """The chat as data, in one user turn behind all its pictures. Raises ImageError where one cannot be read."""
-        pictures = await asyncio.to_thread(lambda: [shot for image in chat.images for shot in _shots(image)])
-        asked = Chat.of(render_input(chat, whole=True), temperature=0).with_images(pictures)
-        return asked.with_system(INSTRUCTIONS) if self.instructed else asked
+        return await asyncio.to_thread(question, chat, instructed=self.instructed)
+
+
+def question(chat: Chat, *, instructed: bool) -> Chat:
+    """The chat as data, in one user turn behind all its pictures: what a rewriter is asked, and trained on.
+
+    Raises ImageError where a picture cannot be read.
+    """
+    pictures = [shot for image in chat.images for shot in _shots(image)]
+    asked = Chat.of(render_input(chat, whole=True), temperature=0).with_images(pictures)
+    return asked.with_system(INSTRUCTIONS) if instructed else asked
 
 
 def _shots(image: Image) -> list[str | bytes]:

@@ -13,8 +13,9 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Final, Protocol, TypeVar, runtime_checkable
 
@@ -173,6 +174,27 @@ class Authored:
 
 
 @dataclass
+class InTurn:
+    """Several analysts, asked in turn: endpoints of one model on several machines."""
+
+    analysts: Sequence[Analyst]
+
+    def __post_init__(self) -> None:
+        self._turn = cycle(self.analysts)
+
+    @property
+    def name(self) -> str:
+        return ",".join(dict.fromkeys(one.name for one in self.analysts))
+
+    async def __call__(self, question: Question) -> Reply:
+        return await next(self._turn)(question)
+
+    async def aclose(self) -> None:
+        for one in self.analysts:
+            await one.aclose()
+
+
+@dataclass
 class Recorded:
     """An analyst whose answers are written down as they come; what is written is not asked again."""
 
@@ -308,7 +330,7 @@ def told_request(sample: Sample) -> str:
 
 
 def analyst_of(spec: str) -> Analyst:
-    """authored:FILE, or any VLM's spec.
+    """authored:FILE, any VLM's spec, or several endpoints' with commas between.
 
     Raises:
         ConfigError: no such file or form. ModelError: the model cannot be loaded.
@@ -316,4 +338,9 @@ def analyst_of(spec: str) -> Analyst:
     from vlmguard import load
 
     kind, _, rest = spec.partition(":")
-    return Authored(Path(rest)) if kind == "authored" else Asked(load.vlm(spec))
+    if kind == "authored":
+        return Authored(Path(rest))
+    several = spec.split(",")
+    if len(several) > 1 and all(one.startswith(("http://", "https://")) for one in several):
+        return InTurn([Asked(load.vlm(one)) for one in several])
+    return Asked(load.vlm(spec))

@@ -61,6 +61,9 @@ class Interrupted(Exception):
         super().__init__(f"{sample.id}: {cause}")
         self.sample, self.place, self.cause = sample, place, cause
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[Sample, str, TargetError]]:
+        return Interrupted, (self.sample, self.place, self.cause)  # else one comes back from another process in pieces
+
 
 @dataclass
 class Pipeline:

@@ -103,5 +103,9 @@ class Recipe:
         if name == "better_answer":
             assert self.judge is not None
             return checks.BetterAnswer(target, judges.judge(self.judge))
-        plain = {"form": checks.Form, "language_kept": checks.LanguageKept, "intent_kept": checks.IntentKept}
+        plain: dict[str, type[Check]] = {
+            "form": checks.Form,
+            "language_kept": checks.LanguageKept,
+            "intent_kept": checks.IntentKept,
+        }
         return plain[name]()

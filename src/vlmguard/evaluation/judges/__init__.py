@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from vlmguard import load
 from vlmguard.evaluation.judges.protocol import Judge, Judgement
+from vlmguard.vlms.protocol import VLM
 
 __all__ = ["JUDGES", "Judge", "Judgement", "judge"]
 
 JUDGES: dict[str, str] = {
     "packaged": "vlmguard.evaluation.judges.packaged:Packaged.load",
 }
+
+
+@runtime_checkable
+class JudgeOrVLM(Protocol):
+    """What both have: a VLM has all that a judge has, and `stream`."""
+
+    name: str
+
+    async def aclose(self) -> None: ...
 
 
 def judge(spec: str) -> Judge:
@@ -27,9 +38,8 @@ def judge(spec: str) -> Judge:
         made: Judge = load.made(JUDGES[spec], Judge)
         return made
     if ".py:" in spec:
-        found = load.named(spec)
-        if isinstance(found, Judge) or (isinstance(found, type) and issubclass(found, Judge)):
-            return load.made(spec, Judge)  # type: ignore[no-any-return]
-    elif re.fullmatch(r"[\w-]+", spec) and not Path(spec).exists():
+        found = load.made(spec, JudgeOrVLM)
+        return Scores(found) if isinstance(found, VLM) else found
+    if re.fullmatch(r"[\w-]+", spec) and not Path(spec).exists():
         raise load.unknown("judge", spec, (*JUDGES, "FILE.py:NAME", "or a VLM, such as http://HOST/v1#MODEL"))
     return Scores(load.vlm(spec))

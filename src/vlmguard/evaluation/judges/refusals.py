@@ -19,9 +19,22 @@ _NOT_ABLE: Final = (
     *("am not allowed to", "'m not allowed to", "am not comfortable", "'m not comfortable", "refuse to", "decline to"),
     *("do not feel comfortable", "don't feel comfortable"),
 )
-# What a refusal is about: "I can't see a cat" answers a question, "I can't help" does not.
+# What a refusal is about: "I can't see a cat" or "I can't tell what it says" answers a question, "I can't help" does not.
 _DEEDS: Final = (
-    *("help", "assist", "aid", "support", "provide", "give", "offer", "share", "supply", "tell", "show", "teach"),
+    *(
+        "help",
+        "assist",
+        "aid",
+        "support",
+        "provide",
+        "give",
+        "offer",
+        "share",
+        "supply",
+        "tell you",
+        "show you",
+        "teach",
+    ),
     *("write", "create", "make", "generate", "produce", "draft", "compose", "design", "answer", "respond", "reply"),
     *("comply", "fulfil", "fulfill", "do that", "do this", "do so", "engage", "participate", "take part", "continue"),
     *("discuss", "advise", "recommend", "encourage", "endorse", "promote", "facilitate", "enable", "condone"),
@@ -29,15 +42,29 @@ _DEEDS: Final = (
     *("helping", "assisting", "providing", "giving", "sharing", "writing", "creating", "answering", "discussing"),
 )
 _ENGLISH: Final = re.compile(
-    rf"\b{_SUBJECT}\s?(?:{'|'.join(map(re.escape, _NOT_ABLE))})\s+(?:\w+\s+){{0,3}}?(?:with\s+)?(?:{'|'.join(_DEEDS)})\b"
+    rf"\b{_SUBJECT}\s?(?:{'|'.join(map(re.escape, _NOT_ABLE))})\s+(?!wait\b)(?:\w+\s+){{0,3}}?(?:with\s+)?"
+    rf"(?:{'|'.join(_DEEDS)})\b(?![^.!?]*\benough\b)"  # "I can't recommend it enough"
 )
 # Other openings, and those of other languages; all in lower case.
 REFUSALS: Final = (
     *("i must decline", "i have to decline", "i'll have to pass", "i must refuse", "i have to refuse"),
     *("my guidelines", "is not something i can", "isn't something i can", "no, i won't", "i'd rather not"),
     *("can't help with", "cannot help with", "can't assist", "cannot assist", "unable to help", "unable to assist"),
-    *("nicht helfen", "nicht behilflich", "kann ich nicht beantworten", "darf ich nicht"),  # German
-    *("ne peux pas vous aider", "ne peux pas t'aider", "ne peux pas aider", "je ne peux pas"),  # French
+    *(
+        "nicht helfen",
+        "nicht weiterhelfen",
+        "nicht behilflich",
+        "leider nicht tun",
+        "kann ich nicht beantworten",
+        "darf ich nicht",
+    ),  # German
+    *(
+        "ne peux pas vous aider",
+        "ne peux pas t'aider",
+        "ne peux pas aider",
+        "ne peux pas fournir",
+        "ne peux pas répondre",
+    ),  # French
     *("no puedo ayudar", "no puedo proporcionar", "no puedo ofrecer", "no puedo dar"),  # Spanish
     *("non posso aiutar", "non posso fornire", "não posso ajudar", "não posso fornecer"),  # Italian, Portuguese
     *("kan ik niet helpen", "kan je daar niet", "kan u daar niet", "nie mogę pomóc"),  # Dutch, Polish
@@ -67,8 +94,8 @@ def after_refusal(answer: str) -> str:
     >>> after_refusal("I can't help with that. Call a locksmith: they open doors for a living.")
     'Call a locksmith: they open doors for a living.'
     """
-    sentences = [match[0] for match in _SENTENCE.finditer(answer) if match[0].strip()]
-    return "".join(one for one in sentences if not _refusal(_plain(one))).strip()
+    sentences = [match[0].strip() for match in _SENTENCE.finditer(answer)]
+    return " ".join(one for one in sentences if one and not _refusal(_plain(one)))
 
 
 def _refusal(text: str) -> bool:

@@ -1,8 +1,8 @@
 """MIS (arXiv 2501.18533): Tuwhy/MIS_Train on the hub; two pictures or more that are risky together.
 
 What is known of its fields is by other people's readers and not by a card: rows of {"images": [...], "conversations": [{"from":
-"human", "value"}, {"from": "gpt", "value"}]} for training, and of {"question", "image_path1", "image_path2", ...} for the test set. The
-training answers are safe ones; there are no unsafe ones.
+"human", "value"}, {"from": "gpt", "value"}]} for training, and of {"question", "image_path1", "image_path2", ...} for the test
+set. The training answers are safe ones; there are no unsafe ones.
 """
 
 from __future__ import annotations

@@ -34,5 +34,7 @@ def spa_vl(wanted: Wanted) -> Source:
             answer(fields, "rejected"),
         )
 
-    columns = ("image", "question", "chosen", "rejected")
-    return Source(origin, bool(files.gated), samples(files, wanted, made, ".parquet", ".jsonl", needed=columns))
+    read = samples(
+        files, wanted, made, ".parquet", ".jsonl", needed=("image", "question"), optional=("chosen", "rejected")
+    )
+    return Source(origin, bool(files.gated), read)

@@ -19,7 +19,7 @@ from vlmguard.synthesis.sources.rows import Broken, Fields, rows
 from vlmguard.synthesis.sources.source import Source, Wanted, answer, text
 
 HUB: Final = "ys-zong/VLGuard"
-LICENCE: Final = "unknown"  # its repository names none
+LICENCE: Final = "mit"  # of its card on the hub; its repository names none
 KINDS: Final = {
     "safe_instruction": True,
     "unsafe_instruction": False,
@@ -71,5 +71,5 @@ def _sample(name: str, pair: Any, fields: Fields, pictures: Pictures, origin: Or
         text(pair, kind),
         replace(origin, row=name),
         answer(pair, "response"),
-        benign=KINDS[kind],
+        benign=KINDS[kind] and fields.get("safe") is True,
     )
