@@ -45,10 +45,19 @@ class Rows:
         return Chat.of(row.prompt, [self.images / one["path"] for one in row.images], turns=row.history)
 
     def split(self, share: float) -> tuple[list[Row], list[Row]]:
-        """(to learn from, held out), by a hash of the ids: the same for every run, whatever else is in the file."""
-        held = [_part(row.id) < share * HELD_PARTS for row in self.rows]
+        """(to learn from, held out), by a hash: the same for every run, whatever else is in the file.
+
+        Rows with the same first picture fall on one side, else what is held out would be half known; a row without one
+        goes by its id.
+        """
+        held = [_part(_family(row)) < share * HELD_PARTS for row in self.rows]
         learn = [row for row, out in zip(self.rows, held, strict=True) if not out]
         return learn, [row for row, out in zip(self.rows, held, strict=True) if out]
+
+
+def _family(row: Row) -> str:
+    first = row.images[0] if row.images else {}
+    return first.get("sha256") or first.get("path") or row.id
 
 
 def _part(name: str) -> int:
@@ -92,8 +101,9 @@ def _row(line: bytes, number: int) -> tuple[Row | None, str | None]:
         if not isinstance(told, dict):
             return None, "it is no JSON object"
         row = _of_messages(told, number) if "messages" in told else Row.of(told)
-        if not all(isinstance(told.get(name, ""), str) for name in ("prompt", "output")):
-            return None, "prompt and output are no texts"
+        if problem := _shape_problem(row):
+            return None, problem
+        Chat.of(row.prompt, turns=row.history)
         parse_output(row.output)
     except BadRequest as error:
         return None, error.message
@@ -104,9 +114,24 @@ def _row(line: bytes, number: int) -> tuple[Row | None, str | None]:
     return row, None
 
 
+def _shape_problem(row: Row) -> str | None:
+    if not isinstance(row.id, str) or not row.id:
+        return "its id is no text"
+    if not isinstance(row.prompt, str) or not isinstance(row.output, str):
+        return "prompt and output are no texts"
+    for one in row.images:
+        if not isinstance(one, Mapping) or not isinstance(one.get("path"), str) or not one["path"]:
+            return "its images are not objects with a path"
+        if not isinstance(one.get("sha256") or "", str):
+            return "a picture's sha256 is no text"
+    if not isinstance(row.origin, Mapping):
+        return "its origin is no object"
+    return None
+
+
 def _picture_problem(row: Row, folder: Path, known: dict[tuple[str, str], str | None]) -> str | None:
     for one in row.images:
-        path, expected = str(one.get("path", "")), str(one.get("sha256", ""))
+        path, expected = one["path"], one.get("sha256") or ""
         if (path, expected) not in known:
             known[path, expected] = _problem_of(folder / path, expected)
         if problem := known[path, expected]:
