@@ -20,7 +20,7 @@ from vlmguard.synthesis.sample import Row
 from vlmguard.training import curves, grpo_loop
 from vlmguard.training.curves import draw, read_curves
 from vlmguard.training.grpo import GRPO, _start, train_grpo
-from vlmguard.training.grpo_loop import Examples, learn, peft_quiet, schedule, wanted
+from vlmguard.training.grpo_loop import Examples, graded, learn, peft_quiet, schedule, wanted
 from vlmguard.training.models import language_layers, load_base, lora
 from vlmguard.training.rows import Rows, read
 from vlmguard.training.sft import save, write_rewriter
@@ -339,6 +339,49 @@ def test_a_judgement_that_cannot_be_read_neither_helps_nor_harms(tmp_path: Path)
     best, middle, unread, worst = seen[0]
     assert best > 0 > worst
     assert unread == pytest.approx(middle, abs=1e-4) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_where_all_earn_the_same_nothing_is_learned(tmp_path: Path) -> None:
+    """Two groups, each of equal rewards that no binary fraction is equal to: their means are rounded, and differ from them."""
+    seen: list[float] = []
+
+    def equal(worth: float) -> Callable[..., list[float | None]]:
+        def reward(request: Sequence[int], **_: Any) -> list[float | None]:
+            return [worth / (3 + one) for one in request]
+
+        reward.__name__ = f"worth_{worth}"
+        return reward
+
+    from trl import GRPOTrainer
+
+    original = GRPOTrainer._generate_and_score_completions
+
+    def watch(self: Any, inputs: Any) -> Any:
+        made = original(self, inputs)
+        seen.extend(made["advantages"].tolist())
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_and_score_completions", watch)
+        told = options(tmp_path, tmp_path, steps=1, generations=6, batch=2, max_completion_tokens=1)
+        given = [{**row, "request": at} for at, row in enumerate(rows(5)[1::3])]
+        learn(*policy("llava"), given, [1, 1], {equal(0.7): 1.0, equal(0.1): 1.0, equal(0.83): 1.0}, told)
+    assert len(seen) == 12
+    assert not any(seen)
+
+
+def test_a_reward_is_told_what_ran_out_of_tokens() -> None:
+    end, most = 2, 3
+    told: list[Any] = []
+
+    def reward(cut: Sequence[bool], **_: Any) -> list[float | None]:
+        told.append(list(cut))
+        return [0.1, None, 1.0, 0.0]
+
+    found = graded(reward, most, {end})(completion_ids=[[5, 5, 5], [5, 5, end], [5, end], [end]], prompts=[])
+    assert told == [[True, False, False, False]]
+    assert found == [102 / 1024, None, 1.0, 0.0]
+    assert graded(reward, most, {end}).__name__ == "reward"
 
 
 @pytest.mark.parametrize("family", ["fast_vlm", "llava", "qwen2_vl", "qwen2_5_vl", "smolvlm"])

@@ -77,6 +77,20 @@ def test_the_format_is_the_guards_own(text: str, worth: float) -> None:
     assert well_formed([text], [REQUEST]) == [worth]
 
 
+def test_what_ran_out_of_tokens_is_in_no_format_and_is_not_sent(png: bytes) -> None:
+    """Cut off in its last line it still parses, and the guard refuses it all the same."""
+    given: dict[str, Any] = {"completions": [output(), output()], "request": [REQUEST] * 2, "cut": [True, False]}
+    assert well_formed(**given) == [0.0, 1.0]
+    lost, kept = intent_kept(**given, wanted=[REQUEST] * 2)
+    assert lost == 0.0
+    assert kept
+    assert right_verdict(**given, risky=[True, True]) == [1.0, 1.0]  # the gate reads the first word alone
+    model = target()
+    with Answered(model, Judge(), chat_of(png)) as told:
+        assert told(**given, row=["a", "b"]) == [0.0, 1.0]
+    assert len(model.calls) == 1
+
+
 def test_the_verdict_is_held_against_the_label_whatever_follows() -> None:
     texts = ["safe", "risky", output(), "Risky\nand then nothing", "", "unsafe", "riskyfraud"]
     assert right_verdict(texts, [True] * 7) == [0, 1, 1, 1, 0, 0, 0]

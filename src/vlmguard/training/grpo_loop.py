@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from vlmguard.errors import ConfigError, VLMGuardError, missing_extra
 from vlmguard.images import frames, model_ready
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlmguard.training.grpo import GRPO
 
 Reward: TypeAlias = Callable[..., Rewards]
+STEPS_OF_REWARD: Final = 1024  # a power of two: means of equal rewards are then exactly that reward
 
 
 @dataclass
@@ -70,7 +71,7 @@ def learn(
         trainer = GRPOTrainer(
             model=model,
             processing_class=processor,
-            reward_funcs=list(rewards),
+            reward_funcs=[graded(one, options.max_completion_tokens, _ends(model, processor)) for one in rewards],
             train_dataset=_dataset(rows, order),
             args=_arguments(options, list(rewards.values())),
             callbacks=[curves(options.out / REWARDS_FILE, say)],
@@ -90,6 +91,29 @@ def learn(
         trained.delete_adapter("ref")  # it would be saved beside the trained one
     tokens = max((one.get("num_tokens", 0.0) for one in trainer.state.log_history), default=0.0)
     return Learned(trained, found.global_step, time.perf_counter() - begun, float(found.training_loss), float(tokens))
+
+
+def graded(reward: Reward, most_tokens: int, ends: Collection[int]) -> Reward:
+    """A reward that is told which completions ran out of tokens (`cut`), in steps of 1 / STEPS_OF_REWARD.
+
+    The steps keep a group in which all earn the same at a deviation of exactly 0. Without them rounding leaves some 1e-8,
+    which the trainer divides by nearly as little, twice: advantages beyond 1 out of nothing, where no group differs.
+    """
+
+    def stepped(**given: Any) -> Rewards:
+        cut = [len(ids) >= most_tokens and ids[-1] not in ends for ids in given["completion_ids"]]
+        found = reward(**given, cut=cut)
+        return [None if one is None else round(one * STEPS_OF_REWARD) / STEPS_OF_REWARD for one in found]
+
+    stepped.__name__ = getattr(reward, "__name__", type(reward).__name__)  # names its curve
+    return stepped
+
+
+def _ends(model: Any, processor: Any) -> set[int]:
+    """The tokens that end a completion."""
+    declared = model.generation_config.eos_token_id
+    several = declared if isinstance(declared, list) else [declared]
+    return {processor.tokenizer.eos_token_id, *several} - {None}
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from vlmguard.errors import ConfigError, ModelError, missing_extra
+from vlmguard.errors import ConfigError, MissingExtra, ModelError, missing_extra
 from vlmguard.vlms.adapters import fingerprint
 
 Method = Literal["lora", "qlora", "full"]
 PACKAGED: Final = "packaged:base"
 PROJECTOR: Final = "multi_modal_projector"
+LANGUAGE: Final = frozenset({"language_model", "text_model"})  # what transformers' image-text models call theirs
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Base:
 
     Args:
         place: folder or hub id that it is loaded from again.
-        fingerprint: of that, see `vlms.adapters`.
+        fingerprint: of that, see `vlms.adapters`; "" in 4 bits, where it would be another.
         saved_modules: parts that the adapter carries whole, since the base lacks them.
     """
 
@@ -53,6 +56,7 @@ def load_base(spec: str, dtype: str = "bfloat16", *, quantized: bool = False, fr
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantized:
         options["quantization_config"] = _four_bits(torch.bfloat16)
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}  # it is made on its GPU, and stays there
     try:
         model = AutoModelForImageTextToText.from_pretrained(place, **options)
         processor = AutoProcessor.from_pretrained(place)
@@ -61,10 +65,27 @@ def load_base(spec: str, dtype: str = "bfloat16", *, quantized: bool = False, fr
             f"{place} cannot be loaded as an image-text model: {str(error).strip().splitlines()[0]}",
             "Check the name, and that it is a model of transformers' image-text-to-text kind.",
         ) from error
-    base = Base(model, processor, place, fingerprint(model), saved)
+    base = Base(model, processor, place, "" if quantized else fingerprint(model), saved)
     if saved and not fresh:
         _put_projector(model)
+    _keep_statistics(model)
     return base
+
+
+def _keep_statistics(model: Any) -> None:
+    """Batch norm judges by the statistics that it came with, in training too.
+
+    Else a frozen vision tower (FastVLM's, the packaged one) shows the language model other features in training than in
+    service, and the base changes where no adapter keeps it.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    def still(module: Any, _: Any) -> None:
+        module.eval()
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(still)
 
 
 def _place(spec: str) -> tuple[str, tuple[str, ...]]:
@@ -89,7 +110,7 @@ def _four_bits(dtype: Any) -> Any:
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
-        raise ConfigError("bitsandbytes is not installed, which QLoRA needs", "Install it: pip install bitsandbytes")
+        raise MissingExtra("bitsandbytes is not installed, which QLoRA needs", "Install it: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -130,13 +151,18 @@ def lora(base: Base, rank: int, alpha: int, dropout: float, targets: str | None 
 def servable(folder: Path) -> str | None:
     """Why vLLM cannot serve an adapter as it is; None where it can.
 
-    It takes LoRA on linear layers of the language model, and no module as a whole.
+    It takes LoRA on linear layers of the language model, and no module as a whole. What is trained elsewhere it has passed
+    over with a warning (F107), or left without effect (F106).
     """
-    import json
+    from safetensors import safe_open
 
     told = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     if told.get("modules_to_save"):
         return f"it carries {', '.join(told['modules_to_save'])} whole: merge it first"
     if told.get("rank_pattern") or told.get("use_dora") or told.get("bias", "none") != "none":
         return "it is more than plain LoRA: merge it first"
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        elsewhere = [name for name in file.keys() if not set(name.split(".")) & LANGUAGE]  # noqa: SIM118
+    if elsewhere:
+        return f"it adapts more than the language model, such as {elsewhere[0]}: merge it first"
     return None

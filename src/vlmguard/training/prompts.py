@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from vlmguard.errors import ContextTooLong, ImageError, TargetError
-from vlmguard.rewriter.rewriter import question
+from vlmguard.errors import BadRequest, ConfigError, ContextTooLong, ImageError, TargetError
+from vlmguard.rewriter.rewriter import MAX_OUTPUT_TOKENS, question
 from vlmguard.synthesis.sample import Row
 from vlmguard.training.rows import Rows
 from vlmguard.vlms.prompts import Prompt, Prompter
@@ -32,37 +32,57 @@ class Encoder:
     Args:
         end: the token that ends a turn of the assistant.
         instructed: with the instructions in front, for a model that was not trained on the format.
+        lead: what the chat template puts between its prompt for an answer and the answer: a space, or nothing.
     """
 
     prompter: Prompter
     end: int
     instructed: bool
+    lead: str = ""
 
     @classmethod
     def of(cls, engine: Engine, *, instructed: bool) -> Encoder:
-        return cls(engine.prompt, end_of_turn(engine.processor), instructed)
+        """Raises ConfigError where the model would not stop at the end that its template writes."""
+        lead, end = around_answer(engine.processor)
+        if end not in engine.stop_tokens:
+            mark = engine.tokenizer.decode([end])
+            raise ConfigError(
+                f"{engine.name} ends a turn with {mark!r}, which does not stop its generation",
+                "Add its id to eos_token_id in the model's generation_config.json.",
+            )
+        return cls(engine.prompt, end, instructed, lead)
 
     def prompt(self, rows: Rows, row: Row) -> Prompt:
         """Raises ImageError, ContextTooLong, TargetError."""
         return self.prompter(question(rows.chat(row), instructed=self.instructed))
 
     def output(self, row: Row) -> list[int]:
+        """The output's tokens and the end of the turn."""
         tokenizer = self.prompter.processor.tokenizer
-        ids: list[int] = tokenizer(self.prompter.plain(row.output), add_special_tokens=False)["input_ids"]
+        # Behind a line break, and without it: by themselves words begin in another way with some tokenizers.
+        before, whole = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in ("\n", f"\n{self.lead}{self.prompter.plain(row.output)}")
+        )
+        ids: list[int] = whole[len(before) :]
+        if whole[: len(before)] != before:
+            ids = tokenizer(self.prompter.plain(row.output), add_special_tokens=False)["input_ids"]
         return [*ids, self.end]
 
 
-def end_of_turn(processor: Any) -> int:
-    """The token that the chat template puts behind an assistant's words; else the end of the sequence."""
-    tokenizer = processor.tokenizer
-    turns = [
-        {"role": "user", "content": [{"type": "text", "text": "a"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-    ]
-    written = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    after = written.rpartition("b")[2].strip()
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    return int(ids[0] if ids else tokenizer.eos_token_id)
+def around_answer(processor: Any) -> tuple[str, int]:
+    """(blanks that the chat template puts before an assistant's words, the token that it puts behind them).
+
+    A template that puts no token there means the end of the sequence.
+    """
+    tokenizer, answer = processor.tokenizer, "ANSWER"
+    asked = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    told = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    prompt = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    before, _, after = processor.apply_chat_template(told, tokenize=False).rpartition(answer)
+    lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if after.strip() else []
+    return "" if lead.strip() else lead, int(ids[0] if ids else tokenizer.eos_token_id)
 
 
 @dataclass(frozen=True)
@@ -78,23 +98,34 @@ def fitting(encoder: Encoder, rows: Rows, chosen: Sequence[Row], max_tokens: int
     """Leaves out what no batch could hold."""
     found = Fitting([], [], Counter())
     for row in chosen:
+        output = len(encoder.output(row))
         try:
-            length = encoder.prompt(rows, row).tokens + len(encoder.output(row))
+            length = encoder.prompt(rows, row).tokens + output
         except ImageError:
             found.dropped["a picture of it cannot be read"] += 1
             continue
         except ContextTooLong:
             found.dropped["it is longer than the model takes"] += 1
             continue
-        except TargetError as error:
+        except (TargetError, BadRequest) as error:
             found.dropped[error.message] += 1
             continue
-        if max_tokens is not None and length > max_tokens:
-            found.dropped[f"it has more than {max_tokens} tokens, its pictures' included"] += 1
+        if problem := _too_long(length, output, max_tokens, encoder.prompter.context_tokens):
+            found.dropped[problem] += 1
             continue
         found.rows.append(row)
         found.lengths.append(length)
     return found
+
+
+def _too_long(length: int, output: int, max_tokens: int | None, context_tokens: int | None) -> str | None:
+    if output > MAX_OUTPUT_TOKENS:
+        return f"its output has more than {MAX_OUTPUT_TOKENS} tokens, where the guard stops reading"
+    if max_tokens is not None and length > max_tokens:
+        return f"it has more than {max_tokens} tokens, its pictures' included"
+    if context_tokens is not None and length > context_tokens:
+        return "it is longer than the model takes"
+    return None
 
 
 @dataclass(frozen=True)

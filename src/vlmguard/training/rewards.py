@@ -6,8 +6,9 @@
     intent_kept      the rewritten prompt is about what the user wanted
     short_enough     no longer than it needs to be
 
-A completion is a string, or the messages of a conversation (F104). None is no zero: it says that there is nothing to
-reward or that a judgement could not be read, and the completion is to be left out of that reward's mean.
+A completion is a string, or the messages of a conversation (F104). One that ran out of tokens (`cut`) is in no format,
+however it looks: the guard refuses it. None is no zero: it says that there is nothing to reward or that a judgement could
+not be read, and the completion is to be left out of that reward's mean.
 """
 
 from __future__ import annotations
@@ -63,7 +64,19 @@ def said(completion: Completion) -> str:
     return "".join(text for texts in parts for text in texts)
 
 
-def well_formed(completions: Sequence[Completion], request: Sequence[str], **_: Any) -> Rewards:
+def whole(completions: Sequence[Completion], cut: Sequence[bool] | None = None) -> list[str]:
+    """Their texts; nothing of those that ran out of tokens.
+
+    >>> whole(["safe", "risky\\ncategory: fra"], [False, True])
+    ['safe', '']
+    """
+    ended = [not one for one in cut] if cut is not None else [True] * len(completions)
+    return [said(one) if end else "" for one, end in zip(completions, ended, strict=True)]
+
+
+def well_formed(
+    completions: Sequence[Completion], request: Sequence[str], cut: Sequence[bool] | None = None, **_: Any
+) -> Rewards:
     """0 for what cannot be parsed, 0.5 for six lines whose prompt the guard would not send, 1 for the rest.
 
     Why: what the guard cannot read it cannot use, however wise. The half is a step on the way for a model that has yet
@@ -76,7 +89,7 @@ def well_formed(completions: Sequence[Completion], request: Sequence[str], **_: 
     >>> well_formed(["safe", six + "How do I spot a fake?", six + "Fake it?", "Hm."], ["Fake it?"] * 4)
     [1.0, 1.0, 0.5, 0.0]
     """
-    return [_form(said(one), asked) for one, asked in zip(completions, request, strict=True)]
+    return [_form(text, asked) for text, asked in zip(whole(completions, cut), request, strict=True)]
 
 
 def _form(text: str, request: str) -> float:
@@ -127,7 +140,9 @@ def _verdict(text: str) -> str | None:
     return first[1].lower() if first else None
 
 
-def intent_kept(completions: Sequence[Completion], wanted: Sequence[str], **_: Any) -> Rewards:
+def intent_kept(
+    completions: Sequence[Completion], wanted: Sequence[str], cut: Sequence[bool] | None = None, **_: Any
+) -> Rewards:
     """How near the rewritten prompt is to what the user wanted: the cosine of MiniLM's embeddings between UNRELATED (0) and
     RELATED (1); 0 where there is nothing to read, None for a request that goes on as it is or is not in English.
 
@@ -147,8 +162,8 @@ def intent_kept(completions: Sequence[Completion], wanted: Sequence[str], **_: A
 
     rewards: Rewards = [0.0] * len(completions)
     pairs: dict[int, tuple[str, str]] = {}
-    for at, (one, goal) in enumerate(zip(completions, wanted, strict=True)):
-        if (rewrite := read(said(one))) is None:
+    for at, (text, goal) in enumerate(zip(whole(completions, cut), wanted, strict=True)):
+        if (rewrite := read(text)) is None:
             continue
         if rewrite.prompt is None or not goal.strip() or not _english(rewrite.prompt):
             rewards[at] = None
@@ -250,6 +265,7 @@ class Answered:
         completions: Sequence[Completion],
         row: Sequence[str],
         request: Sequence[str],
+        cut: Sequence[bool] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> Rewards:
@@ -262,7 +278,8 @@ class Answered:
             AuthenticationFailed, ConfigError, ModelError: no call can ever succeed.
             TargetError: every call of MOST_FAILED batches in a row failed.
         """
-        keys = [_key(said(one), name, asked) for one, name, asked in zip(completions, row, request, strict=True)]
+        texts = whole(completions, cut)
+        keys = [_key(text, name, asked) for text, name, asked in zip(texts, row, request, strict=True)]
         new = {key for key in keys if key is not None and key not in self._known}
         found = asyncio.run_coroutine_threadsafe(self._scores(new), self._loop).result() if new else {}
         self._stop_where_all_fail(found)

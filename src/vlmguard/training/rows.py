@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from vlmguard.chat import Chat
 from vlmguard.errors import BadRequest, ConfigError, RewriteUnreadable
-from vlmguard.rewriter.protocol import parse_output
+from vlmguard.rewriter.protocol import INSTRUCTIONS, parse_output, render_input
 from vlmguard.strict_json import parse_json
 from vlmguard.synthesis.sample import Row
 
@@ -109,7 +110,7 @@ def _row(line: bytes, number: int) -> tuple[Row | None, str | None]:
         return None, error.message
     except RewriteUnreadable:
         return None, "its output is not in the rewriter's format"
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         return None, f"it is no row: {type(error).__name__}"
     return row, None
 
@@ -152,47 +153,53 @@ def _problem_of(path: Path, expected: str) -> str | None:
 # messages + images
 
 
-def to_messages(row: Row) -> dict[str, Any]:
-    """A row as ms-swift and LLaMA-Factory take it: earlier turns, the request, the output; pictures by path.
+def to_messages(row: Row, *, instructed: bool = False) -> dict[str, Any]:
+    """A row as ms-swift and LLaMA-Factory take it: what the guard asks the rewriter, its output, pictures by path.
 
-    Our own fields stay beside it under "vlmguard"; those trainers pass them over.
+    What they train on it is what `load.rewriter` serves. The row itself stays beside it under "vlmguard", as text: those
+    trainers pass it over, and a column of text has one type.
     """
-    marks = PICTURE_MARK * len(row.images)
-    turns = [{"role": turn["role"], "content": _text(turn)} for turn in row.history]
+    asked = render_input(Chat.of(row.prompt, turns=row.history), whole=True).replace(PICTURE_MARK, "< image>")
+    system = [{"role": "system", "content": INSTRUCTIONS}] if instructed else []
     return {
         "messages": [
-            *turns,
-            {"role": "user", "content": marks + row.prompt},
+            *system,
+            {"role": "user", "content": PICTURE_MARK * len(row.images) + asked},
             {"role": "assistant", "content": row.output},
         ],
         "images": [one["path"] for one in row.images],
-        "vlmguard": {name: value for name, value in row.fields().items() if name not in ("prompt", "output")},
+        "vlmguard": json.dumps(row.fields(), ensure_ascii=False),
     }
 
 
-def write_messages(rows: Iterable[Row], path: Path) -> None:
-    path.write_text("".join(json.dumps(to_messages(row), ensure_ascii=False) + "\n" for row in rows), "utf-8")
+def write_messages(rows: Iterable[Row], path: Path, *, instructed: bool = False) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(to_messages(row, instructed=instructed), ensure_ascii=False) + "\n")
+
+
+_ASKED: Final = re.compile(r'(?:.*\n)?Request: "(?:[^"\\]|\\.)*"', re.DOTALL)  # what `render_input` writes
 
 
 def _of_messages(told: Mapping[str, Any], number: int) -> Row:
-    own = told.get("vlmguard") or {}
+    if own := told.get("vlmguard"):
+        return Row.of(json.loads(own))
     *turns, request, output = told["messages"]
     if (request["role"], output["role"]) != ("user", "assistant"):
         raise BadRequest("its last messages are not a request and an output")
-    images = own.get("images") or [{"path": path} for path in told.get("images") or ()]
-    history = own.get("history", turns)
+    if turns and turns[0]["role"] == "system" and _text(turns[0]) == INSTRUCTIONS:
+        turns = turns[1:]
+    said = "".join(map(_text, (*turns, request)))
+    images = [one if isinstance(one, Mapping) else {"path": one} for one in told.get("images") or ()]
+    if said.count(PICTURE_MARK) not in (0, len(images)):
+        raise BadRequest(f"it has another number of pictures than of {PICTURE_MARK}")
     prompt = _text(request).replace(PICTURE_MARK, "")
-    kind = own.get("kind") or ("helpfulness" if _text(output).strip() == "safe" else "safety")
-    return Row(
-        str(own.get("id", f"line-{number}")),
-        tuple(images),
-        prompt,
-        _text(output),
-        kind,
-        own.get("origin", {}),
-        tuple(history),
-        own.get("made", {}),
-    )
+    if _ASKED.fullmatch(prompt.strip()):
+        raise BadRequest("it was written for other trainers, and its vlmguard field is missing")
+    history = tuple({"role": turn["role"], "content": _text(turn).replace(PICTURE_MARK, "")} for turn in turns)
+    written = _text(output)
+    kind = "helpfulness" if written.strip() == "safe" else "safety"
+    return Row(f"line-{number}", tuple(images), prompt, written, kind, {}, history)
 
 
 def _text(turn: Mapping[str, Any]) -> str:
