@@ -1,8 +1,9 @@
 """Training throughput: our loop beside TRL's own on the same model and rows: python -m bench.train DATA --images DIR
 
 Both are TRL's SFTTrainer with the same settings; theirs has its own collator on conversational rows in random order, ours our
-tokens in batches of near-equal length. They run in turn, `--rounds` times. Tokens are the rows' own, padding left out, so that
-padding is a cost. Prints JSON: tokens a second of each, their ratio, and resident memory over the steps of the last round.
+tokens in batches of near-equal length, and on a processor logits of the learned tokens alone. They run in turn, `--rounds` times.
+Tokens are the rows' own, padding left out, so that padding is a cost. Prints JSON: tokens a second of each, their ratio, and
+resident memory over the steps of the last round.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from vlmguard.rewriter.protocol import render_input
+from vlmguard.training.loop import Loop
 from vlmguard.training.models import lora
 from vlmguard.training.prompts import Collator
 from vlmguard.training.sft import SFT, Prepared, arguments, prepared
@@ -62,15 +64,15 @@ def theirs(ready: Prepared) -> tuple[Any, Any]:
     return Dataset.from_list(made), None
 
 
-def trained(options: SFT, ready: Prepared, data: Any, collator: Any, *, grouped: bool) -> tuple[float, list[int]]:
+def trained(options: SFT, ready: Prepared, data: Any, collator: Any, *, own: bool) -> tuple[float, list[int]]:
     """(tokens a second, memory by step); the first step, which warms up, is left out of the time."""
     settings = arguments(options, len(ready.learn))
     settings.save_strategy = "no"
-    if not grouped:
+    if not own:
         settings.train_sampling_strategy = "random"
     watch = Watch()
     model = get_peft_model(ready.base.model, lora(ready.base, options.rank, options.alpha, 0.0))
-    trainer = SFTTrainer(
+    trainer = (Loop if own else SFTTrainer)(
         model=model, args=settings, train_dataset=data, data_collator=collator, processing_class=ready.base.processor
     )
     trainer.remove_callback(PrinterCallback)
@@ -108,7 +110,7 @@ def main() -> None:
         sides = {"ours": ours(told, ready), "trl": theirs(ready)}
         for _ in range(given.rounds):
             for name, (data, collator) in sides.items():
-                speed, memory = trained(told, ready, data, collator, grouped=name == "ours")
+                speed, memory = trained(told, ready, data, collator, own=name == "ours")
                 speeds[name].append(speed)
                 resident = memory if name == "ours" else resident
     medians = {name: statistics.median(values) for name, values in speeds.items()}

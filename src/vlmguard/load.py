@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlmguard.rewriter.rewriter import Rewriter
 
 PACKAGED = ("assistant", "rewriter")
+TRAINED_FORMAT = 1  # of a trained rewriter's rewriter.json
 # Packages that an extra of ours brings: absent ones are named with the line that installs them.
 EXTRAS = {"torch": "local", "transformers": "local", "peft": "local", "timm": "local", "trl": "train"}
 
@@ -95,10 +96,16 @@ def _trained(spec: str) -> Rewriter | None:
         return None
     try:
         told = json.loads(note.read_text("utf-8"))
-        threshold, instructed = float(told["threshold"]), bool(told["instructed"])
+        threshold, instructed, version = float(told["threshold"]), bool(told["instructed"]), told["format"]
         base = base or str(told["base"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{note} is damaged: {error!r}", "Train the rewriter again, or mend the file.") from None
+    if version != TRAINED_FORMAT:
+        raise ConfigError(
+            f"{note} has format {version!r}, this is {TRAINED_FORMAT}", "Use the version that trained it."
+        )
+    if not 0 <= threshold <= 1:
+        raise ConfigError.wrong(f"threshold in {note}", expected="a probability", got=threshold)
     if base == "packaged:base":
         from vlmguard.vlms import assemble
 

@@ -140,6 +140,7 @@ def test_an_adapter_is_trained_further_saved_proved_and_told_of(place: Path, sft
 
     said: list[str] = []
     done = train_grpo(options(place, tmp_path), said.append)
+    assert done is not None
     assert done.steps == 2
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (sft, tmp_path))
     assert before.keys() == after.keys()  # the same adapter, and no reference beside it
@@ -161,6 +162,17 @@ def test_an_adapter_is_trained_further_saved_proved_and_told_of(place: Path, sft
     assert "CC0" in card
     assert "step 2 of 2: well_formed 0.00, right_verdict 0.00" in said[-2]
     assert load.named(f"{place / 'models.py'}:closed")[-1] == "strict"
+
+
+@pytest.mark.usefixtures("learnable")
+def test_of_several_processes_one_alone_writes(
+    place: Path, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    said: list[str] = []
+    assert train_grpo(options(place, tmp_path, steps=1, weights={"short_enough": 1.0}), said.append) is None
+    assert not said
+    assert not {"run.json", "adapter_config.json", "rewriter.json"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_base_model_gets_an_adapter_and_the_instructions(place: Path, tmp_path: Path) -> None:
@@ -238,6 +250,8 @@ def test_a_run_goes_on_where_it_was(place: Path, sft: Path, tmp_path: Path) -> N
         train_grpo(cut)
     with pytest.raises(ConfigError, match="other lr"):
         train_grpo(replace(cut, resume=True, lr=1.0))
+    torn = cut.out / "checkpoint-4"  # what a kill leaves
+    torn.mkdir()
     train_grpo(replace(cut, resume=True))
     first, second = ([one["reward"] for one in read_curves(run.out / "rewards.jsonl")] for run in (whole, cut))
     assert second == pytest.approx(first)
@@ -342,15 +356,11 @@ def test_a_judgement_that_cannot_be_read_neither_helps_nor_harms(tmp_path: Path)
 
 
 def test_where_all_earn_the_same_nothing_is_learned(tmp_path: Path) -> None:
-    """Two groups, each of equal rewards that no binary fraction is equal to: their means are rounded, and differ from them."""
+    """Groups of 7 equal rewards each, 0.3 and 0.225: their means, rounded, would be others than the rewards."""
     seen: list[float] = []
 
-    def equal(worth: float) -> Callable[..., list[float | None]]:
-        def reward(request: Sequence[int], **_: Any) -> list[float | None]:
-            return [worth / (3 + one) for one in request]
-
-        reward.__name__ = f"worth_{worth}"
-        return reward
+    def equal(request: Sequence[float], **_: Any) -> list[float | None]:
+        return list(request)
 
     from trl import GRPOTrainer
 
@@ -363,10 +373,10 @@ def test_where_all_earn_the_same_nothing_is_learned(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GRPOTrainer, "_generate_and_score_completions", watch)
-        told = options(tmp_path, tmp_path, steps=1, generations=6, batch=2, max_completion_tokens=1)
-        given = [{**row, "request": at} for at, row in enumerate(rows(5)[1::3])]
-        learn(*policy("llava"), given, [1, 1], {equal(0.7): 1.0, equal(0.1): 1.0, equal(0.83): 1.0}, told)
-    assert len(seen) == 12
+        told = options(tmp_path, tmp_path, steps=1, generations=7, batch=2, max_completion_tokens=1)
+        given = [{**row, "request": worth} for row, worth in zip((rows()[1], rows()[4]), (0.3, 0.225), strict=True)]
+        learn(*policy("llava"), given, [1, 1], {equal: 1.0}, told)
+    assert len(seen) == 14
     assert not any(seen)
 
 

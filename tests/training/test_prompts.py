@@ -14,7 +14,7 @@ from tests.training.datasets import dataset
 from vlmguard.errors import RewriteUnreadable
 from vlmguard.rewriter.rewriter import Prompted, question
 from vlmguard.synthesis.sample import Row
-from vlmguard.training.prompts import IGNORED, Collator, Encoder, batch, end_of_turn, fitting, shown
+from vlmguard.training.prompts import IGNORED, Collator, Encoder, around_answer, batch, fitting, shown
 from vlmguard.training.rows import Rows, read
 from vlmguard.vlms.generation import Engine
 from vlmguard.vlms.local import Local
@@ -63,7 +63,7 @@ def test_only_the_output_is_learned(engine: Engine, rows: Rows) -> None:
         assert torch.equal(ids[learned], line[learned])
         text = engine.tokenizer.decode(line[learned][:-1])
         assert text == row.output
-        assert int(line[learned][-1]) == end_of_turn(engine.processor)
+        assert ("", int(line[learned][-1])) == around_answer(engine.processor)
 
 
 def test_a_batch_learns_what_its_rows_would_alone(engine: Engine, rows: Rows) -> None:

@@ -38,7 +38,8 @@ def run_grpo(options: GRPO) -> None:
         make_base("packaged:base" if spec == "packaged" else spec)
     with quietly():
         done = train_grpo(options, say)
-    say(_line(done))
+    if done is not None:
+        say(_line(done))
 
 
 def run_merge(folder: Path, out: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -114,15 +115,19 @@ class GRPO:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
-def train_grpo(options: GRPO, say: Callable[[str], None] = lambda line: None) -> Trained:
-    """Trains, proves what was saved, and writes card and curves.
+def train_grpo(options: GRPO, say: Callable[[str], None] = lambda line: None) -> Trained | None:
+    """Trains, proves what was saved, and writes card and curves. Of several processes (`accelerate launch`) the first one
+    does that, and tells; the others give None.
 
     Raises:
         ConfigError, ModelError, AdapterError: see `sft.train_sft`; target or judge cannot be had.
         TargetError: target or judge fail for good. VLMGuardError: the disk is full; the last checkpoint is whole.
     """
     options, as_sft, start = _start(options)
-    check_folder(options)  # type: ignore[arg-type]  # it reads out, resume and told()
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        check_folder(options)  # type: ignore[arg-type]  # it reads out, resume and told()
+    say = say if first else lambda line: None
     ready = prepared(as_sft)
     _leave_room(ready, options.max_completion_tokens)
     for reason, count in ready.dropped.most_common():
@@ -139,10 +144,12 @@ def train_grpo(options: GRPO, say: Callable[[str], None] = lambda line: None) ->
             examples.pictures(),
             rewards,
             options,
-            _checkpoint(options),
+            _checkpoint(options, clear=first),
             say,
         )
         counts = next((dict(one.counts) for one in rewards if isinstance(one, Answered)), {})
+    if not first:
+        return None
     save(learned.model, ready.base, options.out)
     if start is not None:
         _check_moved(start, options.out)
@@ -267,11 +274,12 @@ def _rewards(options: GRPO, ready: Prepared) -> Iterator[dict[Reward, float]]:
         yield {**chosen, answered: weight}
 
 
-def _checkpoint(options: GRPO) -> Path | None:
-    from transformers.trainer_utils import get_last_checkpoint
+def _checkpoint(options: GRPO, *, clear: bool) -> Path | None:
+    if not options.resume:
+        return None
+    from vlmguard.training.loop import last_checkpoint
 
-    last = get_last_checkpoint(str(options.out)) if options.resume else None
-    return None if last is None else Path(last)
+    return last_checkpoint(options.out, clear=clear)
 
 
 def _finish_card(options: GRPO, curves: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from vlmguard.errors import ConfigError, VLMGuardError, missing_extra
+from vlmguard.errors import ConfigError, missing_extra
 from vlmguard.images import frames, model_ready
 from vlmguard.rewriter.protocol import parse_output
 from vlmguard.rewriter.rewriter import question
@@ -19,6 +19,7 @@ from vlmguard.synthesis.sample import Row
 from vlmguard.training.curves import REWARDS_FILE, curves
 from vlmguard.training.rewards import Rewards
 from vlmguard.training.rows import Rows
+from vlmguard.training.sft import room
 from vlmguard.vlms.prompts import Prompter
 
 if TYPE_CHECKING:
@@ -78,14 +79,8 @@ def learn(
         )
         trainer.remove_callback(PrinterCallback)  # it prints a dict a step
         begun = time.perf_counter()
-        try:
+        with room(options.out):
             found = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except (OSError, RuntimeError) as error:
-            if "space" not in str(error).lower() and "PytorchStreamWriter" not in str(error):
-                raise
-            raise VLMGuardError(
-                f"{options.out} takes no more: {error}", "Make room, then run the same command with --resume."
-            ) from error
     trained = trainer.model
     if "ref" in getattr(trained, "peft_config", {}):
         trained.delete_adapter("ref")  # it would be saved beside the trained one

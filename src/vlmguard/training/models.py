@@ -62,7 +62,7 @@ def load_base(spec: str, dtype: str = "bfloat16", *, quantized: bool = False, fr
         processor = AutoProcessor.from_pretrained(place)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"{place} cannot be loaded as an image-text model: {str(error).strip().splitlines()[0]}",
+            f"{place} cannot be loaded as an image-text model: {(str(error).strip() or repr(error)).splitlines()[0]}",
             "Check the name, and that it is a model of transformers' image-text-to-text kind.",
         ) from error
     base = Base(model, processor, place, "" if quantized else fingerprint(model), saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +12,7 @@ from vlmguard.errors import AdapterError, ImageError, RewriteUnreadable, TargetE
 from vlmguard.rewriter.rewriter import Prompted
 from vlmguard.training.calibration import Calibration, calibrated, judged
 from vlmguard.training.models import Base, load_base, servable
-from vlmguard.vlms.adapters import put_adapter
+from vlmguard.vlms.adapters import FINGERPRINT_FILE, put_adapter
 from vlmguard.vlms.generation import Engine
 from vlmguard.vlms.local import Local
 
@@ -43,8 +44,11 @@ def prove(options: SFT, ready: Prepared, say: Callable[[str], None]) -> tuple[Ca
         model, why = _whole(options, ready, dtype), None
     else:
         base = load_base(options.base, dtype, fresh=True)
+        note = options.out / FINGERPRINT_FILE
+        if not note.exists():  # it was trained in 4 bits
+            note.write_text(json.dumps({"base": base.fingerprint}))
         model, why = with_adapter(base, options.out), servable(options.out)
-    local = Local(model, ready.base.processor, options.out.name)
+    local = Local(model.to(_device()), ready.base.processor, options.out.name)
     rewriter = Prompted(local, instructed=options.instructed)
     say("Calibrating the gate")
 
@@ -62,15 +66,25 @@ def prove(options: SFT, ready: Prepared, say: Callable[[str], None]) -> tuple[Ca
 
 
 def _whole(options: SFT, ready: Prepared, dtype: str) -> Any:
+    """The trained model, once its logits are known to be others than the base's; one of the two is held at a time."""
     import torch
 
-    trained = load_base(str(options.out), dtype)
-    before = load_base(options.base, dtype)
-    processor = ready.base.processor
-    logits = [Engine(one.model, processor, "probe").probe() for one in (trained, before)]
-    if torch.equal(*logits):
+    def probed(spec: str) -> tuple[Any, Any]:
+        model = load_base(spec, dtype).model.eval()
+        with torch.no_grad():
+            return model, Engine(model, ready.base.processor, "probe").probe()
+
+    before = probed(options.base)[1]
+    trained, after = probed(str(options.out))
+    if torch.equal(before, after):
         raise AdapterError(f"{options.out} gives the base's own logits", "Train longer, or at a higher rate.")
-    return trained.model
+    return trained
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 async def _parsed(rewriter: Prompted, options: SFT, ready: Prepared) -> tuple[int, int]:

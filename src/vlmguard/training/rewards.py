@@ -253,12 +253,14 @@ class Answered:
 
     def __exit__(self, *_: object) -> None:
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        with suppress(TimeoutError):
-            ending.result(CLOSING_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSING_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        try:
+            with suppress(TimeoutError):
+                ending.result(CLOSING_SECONDS)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CLOSING_SECONDS)
+            if not self._thread.is_alive():
+                self._loop.close()
 
     def __call__(
         self,

@@ -25,6 +25,7 @@ from vlmguard.synthesis.sample import Row
 
 PICTURE_MARK: Final = "<image>"  # where a messages file has a picture in a text
 HELD_PARTS: Final = 1000
+MOST_RELATED: Final = 8  # rows about one picture
 
 
 @dataclass
@@ -49,9 +50,14 @@ class Rows:
         """(to learn from, held out), by a hash: the same for every run, whatever else is in the file.
 
         Rows with the same first picture fall on one side, else what is held out would be half known; a row without one
-        goes by its id.
+        goes by its id, and so does one whose picture is everywhere, such as a blank one.
         """
-        held = [_part(_family(row)) < share * HELD_PARTS for row in self.rows]
+        families = [_family(row) for row in self.rows]
+        counts = Counter(families)
+        held = [
+            _part(row.id if counts[name] > MOST_RELATED else name) < share * HELD_PARTS
+            for row, name in zip(self.rows, families, strict=True)
+        ]
         learn = [row for row, out in zip(self.rows, held, strict=True) if not out]
         return learn, [row for row, out in zip(self.rows, held, strict=True) if out]
 
@@ -115,7 +121,7 @@ def _row(line: bytes, number: int) -> tuple[Row | None, str | None]:
     return row, None
 
 
-def _shape_problem(row: Row) -> str | None:
+def _shape_problem(row: Any) -> str | None:
     if not isinstance(row.id, str) or not row.id:
         return "its id is no text"
     if not isinstance(row.prompt, str) or not isinstance(row.output, str):
@@ -159,7 +165,7 @@ def to_messages(row: Row, *, instructed: bool = False) -> dict[str, Any]:
     What they train on it is what `load.rewriter` serves. The row itself stays beside it under "vlmguard", as text: those
     trainers pass it over, and a column of text has one type.
     """
-    asked = render_input(Chat.of(row.prompt, turns=row.history), whole=True).replace(PICTURE_MARK, "< image>")
+    asked = render_input(Chat.of(row.prompt, turns=row.history), whole=True)
     system = [{"role": "system", "content": INSTRUCTIONS}] if instructed else []
     return {
         "messages": [

@@ -10,16 +10,19 @@ The loop is TRL's SFTTrainer; the tokens are ours (`prompts`), and the loss is o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
 from vlmguard.errors import ConfigError, VLMGuardError, missing_extra
+from vlmguard.load import TRAINED_FORMAT, unknown
 from vlmguard.synthesis.sample import Row
 from vlmguard.training.calibration import Calibration
 from vlmguard.training.models import Base, Method, load_base, lora
@@ -28,8 +31,16 @@ from vlmguard.training.prompts import Collator, Encoder, fitting, shown
 from vlmguard.training.rows import Rows, read
 from vlmguard.vlms.generation import Engine
 
-FORMAT: Final = 1  # of rewriter.json
 SHOWN_ROWS: Final = 2  # of a preview: a risky one and a harmless one
+WORKERS: Final = 8  # processes that read pictures for a GPU
+# What libraries say of a full disk that is no OSError: safetensors in Rust's words, torch in its own.
+FULL_DISK: Final = (
+    "No space left on device",
+    "os error 28",
+    "Disk quota exceeded",
+    "PytorchStreamWriter",
+    "unexpected pos",
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +101,8 @@ class SFT:
     @classmethod
     def of(cls, preset: str | None, told: Mapping[str, Any]) -> Self:
         """What is told over what the preset has. Raises ConfigError for an unknown preset, or no base."""
-        from vlmguard import load
-
         if preset is not None and preset not in PRESETS:
-            raise load.unknown("preset", preset, PRESETS)
+            raise unknown("preset", preset, PRESETS)
         chosen = {name: value for name, (value, _) in PRESETS[preset].items()} if preset else {}
         chosen |= {name: value for name, value in told.items() if value is not None}
         if "base" not in chosen:
@@ -135,7 +144,8 @@ class Prepared:
 def prepared(options: SFT) -> Prepared:
     """Raises ConfigError where no row is left to learn from; ModelError."""
     rows = read(options.data, options.images)
-    base = load_base(options.base, "bfloat16" if options.half else "float32", quantized=options.method == "qlora")
+    half = options.half and options.method != "full"  # weights in bfloat16 would lose small updates
+    base = load_base(options.base, "bfloat16" if half else "float32", quantized=options.method == "qlora")
     encoder = Encoder.of(Engine(base.model, base.processor, options.base), instructed=options.instructed)
     learn, held = rows.split(options.held_out)
     fit = fitting(encoder, rows, learn, options.max_tokens)
@@ -173,16 +183,15 @@ def train_sft(options: SFT, say: Callable[[str], None] = lambda line: None) -> T
     for reason, count in ready.dropped.most_common():
         say(f"{count} rows are left out: {reason}")
     say(f"{len(ready.learn)} rows to learn from, {len(ready.held)} held out")
-    model, steps, seconds, loss = _fitted(options, ready, say)
+    model, steps, seconds, loss, speed = _fitted(options, ready, say)
     if not first:
         return None
-    tokens = sum(ready.lengths) / len(ready.lengths) * steps * options.batch_size * options.accumulation
+    if options.method == "full" and options.half:
+        model.bfloat16()
     save(model, ready.base, options.out)
-    del model
+    model = ready.base.model = None  # what is loaded next needs its room
     calibration, parsed, not_served = prove(options, ready, say)
-    done = Trained(
-        options.out, steps, seconds, loss, tokens / max(seconds, 1e-9), calibration, parsed, ready.dropped, not_served
-    )
+    done = Trained(options.out, steps, seconds, loss, speed, calibration, parsed, ready.dropped, not_served)
     from vlmguard.training.card import write_card
 
     write_card(options, ready, done)
@@ -207,40 +216,68 @@ def check_folder(options: SFT) -> None:
         raise ConfigError(f"{options.out} cannot be written: {error.strerror}", "Check the path.") from None
 
 
-def _fitted(options: SFT, ready: Prepared, say: Callable[[str], None]) -> tuple[Any, int, float, float]:
-    """(the trained model, steps, seconds, last loss)."""
+def _fitted(options: SFT, ready: Prepared, say: Callable[[str], None]) -> tuple[Any, int, float, float, float]:
+    """(the trained model, steps, seconds of this process, mean loss, tokens a second over all processes)."""
     try:
-        from datasets import Dataset
-        from transformers import PrinterCallback
-        from transformers.trainer_utils import get_last_checkpoint
-        from trl import SFTTrainer
+        from vlmguard.training.loop import last_checkpoint
     except ImportError as error:
         raise missing_extra(error.name or "trl", "train") from error
+    trainer = loop(options, ready, say)
+    begun = time.perf_counter()
+    last = last_checkpoint(options.out, clear=trainer.is_world_process_zero()) if options.resume else None
+    with room(options.out):
+        found = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    seconds = time.perf_counter() - begun
+    tokens = trainer.tokens * trainer.accelerator.num_processes
+    return trainer.model, found.global_step, seconds, float(found.training_loss), tokens / max(seconds, 1e-9)
+
+
+def loop(options: SFT, ready: Prepared, say: Callable[[str], None]) -> Any:
+    """The trainer, before its first step. Raises ConfigError where `targets` name no layer."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from vlmguard.training.loop import Loop
+
     numbers = Dataset.from_dict(
         {"number": list(range(len(ready.learn))), "length": ready.lengths, "images": [[] for _ in ready.learn]}
     )
     pad = ready.encoder.prompter.processor.tokenizer.pad_token_id
-    trainer = SFTTrainer(
-        model=ready.base.model,
-        args=arguments(options, len(ready.learn)),
-        train_dataset=numbers,
-        data_collator=Collator(ready.encoder, ready.rows, ready.learn, pad if pad is not None else ready.encoder.end),
-        processing_class=ready.base.processor,
-        peft_config=None if options.method == "full" else _lora(options, ready.base),
-        callbacks=[telling(say)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    begun = time.perf_counter()
-    last = get_last_checkpoint(str(options.out)) if options.resume else None
     try:
-        found = trainer.train(resume_from_checkpoint=last)
-    except (OSError, RuntimeError) as error:
-        if "space" not in str(error).lower() and "PytorchStreamWriter" not in str(error):
+        trainer = Loop(
+            model=ready.base.model,
+            args=arguments(options, len(ready.learn)),
+            train_dataset=numbers,
+            data_collator=Collator(
+                ready.encoder, ready.rows, ready.learn, pad if pad is not None else ready.encoder.end
+            ),
+            processing_class=ready.base.processor,
+            peft_config=None if options.method == "full" else _lora(options, ready.base),
+            callbacks=[telling(say)],
+        )
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise ConfigError(f"{options.targets} names no layer of {options.base}", "Leave --targets out.") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Inside, a full disk is one error of ours: Python, safetensors and torch each have another one."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        told = str(error)
+        if not full and not any(sign in told for sign in FULL_DISK):
             raise
         raise VLMGuardError(
-            f"{options.out} takes no more: {error}", "Make room, then run the same command with --resume."
+            f"{folder} takes no more: {told.splitlines()[0]}", "Make room, then run the same command with --resume."
         ) from error
-    return trainer.model, found.global_step, time.perf_counter() - begun, float(found.training_loss)
 
 
 def _lora(options: SFT, base: Base) -> Any:
@@ -253,7 +290,7 @@ def arguments(options: SFT, rows: int) -> Any:
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
-    a_step = options.batch_size * options.accumulation
+    a_step = options.batch_size * options.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     total = options.steps or max(1, int(options.epochs * rows / a_step))
     return SFTConfig(
         output_dir=str(options.out),
@@ -266,7 +303,7 @@ def arguments(options: SFT, rows: int) -> Any:
         max_steps=options.steps or -1,
         seed=options.seed,
         data_seed=options.seed,
-        bf16=options.half and options.method != "full" and cuda,  # on a processor the weights are in it already
+        bf16=options.half and (cuda or options.method == "full"),  # else the weights are in it already
         use_cpu=not cuda,
         activation_checkpointing=options.checkpointing,
         max_length=None,  # nothing is ever cut off (F100)
@@ -280,6 +317,9 @@ def arguments(options: SFT, rows: int) -> Any:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
+        dataloader_num_workers=min(WORKERS, os.cpu_count() or 1)
+        if cuda
+        else 0,  # pictures are read beside the GPU's work
     )
 
 
@@ -287,20 +327,16 @@ def save(model: Any, base: Base, folder: Path) -> None:
     """The adapter, or the whole model; the processor beside it."""
     from vlmguard.vlms.adapters import FINGERPRINT_FILE
 
-    try:
+    with room(folder):
         model.save_pretrained(folder)
         base.processor.save_pretrained(folder)
-        if (folder / "adapter_config.json").exists():
+        if (folder / "adapter_config.json").exists() and base.fingerprint:
             (folder / FINGERPRINT_FILE).write_text(json.dumps({"base": base.fingerprint}))
-    except (OSError, RuntimeError) as error:
-        raise VLMGuardError(
-            f"{folder} takes no more: {error}", "Make room, then run the same command with --resume."
-        ) from error
 
 
 def write_rewriter(folder: Path, base: str, threshold: float, *, instructed: bool) -> None:
     """What `load.rewriter` needs to know of a trained rewriter."""
-    told = {"format": FORMAT, "base": base, "threshold": threshold, "instructed": instructed}
+    told = {"format": TRAINED_FORMAT, "base": base, "threshold": threshold, "instructed": instructed}
     (folder / "rewriter.json").write_text(json.dumps(told, indent=1))
 
 
@@ -320,8 +356,9 @@ def merge(folder: Path, out: Path) -> Path:
     half = json.loads(run.read_text("utf-8")).get("half", True) if run.is_file() else True
     base = load_base(told["base"], "bfloat16" if half else "float32", fresh=True)
     model = with_adapter(base, folder).merge_and_unload()
-    model.save_pretrained(out)
-    base.processor.save_pretrained(out)
+    with room(out):
+        model.save_pretrained(out)
+        base.processor.save_pretrained(out)
     write_rewriter(out, str(out), told["threshold"], instructed=told["instructed"])
     return out
 

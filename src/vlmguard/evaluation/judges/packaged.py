@@ -1,7 +1,8 @@
 """A judge that needs no endpoint: refusals by their words, safety by the packaged gate, helpfulness by cheap signs.
 
 A rough proxy, for trying things out and for training on two cores; not for a number in a report. The gate was made for
-requests, not answers, and reads an answer's own words alone. The signs of help see how much is said about what was asked,
+requests, not answers, and reads an answer's own words alone: of "Yes, go ahead" about a dangerous picture its safety
+tells nothing (on MSTS's labelled answers it ranks like chance). The signs of help see how much is said about what was asked,
 not whether it is right.
 """
 
