@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests import tiny
 from tests.training.datasets import dataset
 from vlmguard import load
-from vlmguard.errors import AdapterError, ConfigError, ModelError, VLMGuardError
+from vlmguard.errors import AdapterError, ConfigError, MissingExtra, ModelError, VLMGuardError
 from vlmguard.rewriter.rewriter import Prompted
-from vlmguard.training.models import language_layers, load_base, servable
+from vlmguard.training.models import Base, language_layers, load_base, servable
 from vlmguard.training.presets import PRESETS
-from vlmguard.training.sft import SFT, merge, prepared, preview, train_sft
+from vlmguard.training.sft import SFT, merge, prepared, preview, room, train_sft
+from vlmguard.vlms.adapters import FINGERPRINT_FILE
 from vlmguard.vlms.generation import Engine
 
 pytestmark = pytest.mark.filterwarnings(
@@ -140,15 +146,87 @@ def test_full_training_saves_the_whole_model(options: Callable[..., SFT]) -> Non
     assert not torch.equal(before.probe(), after.probe())
 
 
-def test_a_full_disk_is_one_error(options: Callable[..., SFT], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_is_one_error_and_the_last_checkpoint_serves(
+    options: Callable[..., SFT], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     from peft import PeftModel
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    given, saved, left = options(), PeftModel.save_pretrained, [1]
+
+    def full(model: Any, folder: str, **how: Any) -> None:
+        if not left:
+            Path(folder).mkdir(exist_ok=True)
+            (Path(folder) / "adapter_model.safetensors").write_bytes(b"torn")
+            raise error
+        left.pop()
+        saved(model, folder, **how)
 
     monkeypatch.setattr(PeftModel, "save_pretrained", full)
     with pytest.raises(VLMGuardError, match=r"takes no more.*--resume"):
-        train_sft(options())
+        train_sft(given)
+    assert (given.out / "checkpoint-2").exists()
+    left.extend([1] * 9)
+    said: list[str] = []
+    done = train_sft(replace(given, resume=True), said.append)
+    assert done is not None
+    assert [line[:6] for line in said if line.startswith("step")] == ["step 2"]
+
+
+def test_other_failures_are_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), room(tmp_path):
+        raise RuntimeError("CUDA out of memory")
+    with pytest.raises(PermissionError), room(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_qlora_needs_bitsandbytes(options: Callable[..., SFT], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    with pytest.raises(MissingExtra, match="bitsandbytes is not installed"):
+        prepared(options(method="qlora"))
+
+
+def test_an_adapter_of_a_quantised_base_is_for_the_base_as_it_is(
+    options: Callable[..., SFT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 4 bits the weights are others, and with them the base's fingerprint."""
+
+    def loaded(spec: str, dtype: str, *, quantized: bool) -> Base:
+        assert quantized
+        return replace(load_base(spec, "float32"), fingerprint="")
+
+    monkeypatch.setattr("vlmguard.training.sft.load_base", loaded)
+    given = options(method="qlora")
+    train_sft(given)
+    note = json.loads((given.out / FINGERPRINT_FILE).read_text())
+    assert note["base"] == load_base(given.base, "float32").fingerprint
+
+
+def test_targets_that_name_no_layer_are_said(options: Callable[..., SFT]) -> None:
+    with pytest.raises(ConfigError, match="names no layer"):
+        train_sft(options(targets=r".*\.fc_in"))
+
+
+@pytest.mark.slow
+def test_several_processes_train_one_rewriter(options: Callable[..., SFT]) -> None:
+    """As `accelerate launch` and torchrun start them."""
+    given = options(steps=3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vlmguard", "train", "sft"]
+    told = ["--base", given.base, "--out", given.out, "--steps", 3, "--batch-size", 3, "--rank", 2, "--full-precision"]
+    line = [*command, *map(str, (given.data, *told, "--held-out", 0.3, "--learning-rate", 0.01))]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (given.out / "checkpoint-3" / "rng_state_1.pth").exists()
+    assert done.stderr.count("step 3 of 3") == 1
+    assert isinstance(load.rewriter(str(given.out)), Prompted)
 
 
 @pytest.mark.parametrize(

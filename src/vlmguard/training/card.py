@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vlmguard.training.calibration import FEW
 
 if TYPE_CHECKING:
     from vlmguard.training.sft import SFT, Prepared, Trained
+
+
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; it is 16 unless told
 
 
 def write_card(options: SFT, ready: Prepared, done: Trained) -> None:
@@ -63,7 +66,9 @@ def _serving(options: SFT, done: Trained) -> Iterator[str]:
     if options.method == "full":
         yield f"vllm serve {options.out}"
     elif done.servable is None:
-        yield f"vllm serve {options.base} --enable-lora --lora-modules rewriter={options.out}"
+        rank = next((most for most in VLLM_RANKS if most >= options.rank), VLLM_RANKS[-1])
+        place = options.base.removeprefix("hf:")
+        yield f"vllm serve {place} --enable-lora --max-lora-rank {rank} --lora-modules rewriter={options.out}"
     else:
         yield f"vlmguard train merge {options.out} --out MERGED"
     yield "```"

@@ -149,7 +149,7 @@ def _picture_problem(row: Row, folder: Path, known: dict[tuple[str, str], str | 
 def _problem_of(path: Path, expected: str) -> str | None:
     try:
         data = path.read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a null byte in the path
         return "a picture of it is missing"
     if expected and hashlib.sha256(data).hexdigest() != expected:
         return "a picture of it is another one than its hash says"

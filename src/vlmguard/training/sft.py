@@ -25,7 +25,7 @@ from vlmguard.errors import ConfigError, VLMGuardError, missing_extra
 from vlmguard.load import TRAINED_FORMAT, unknown
 from vlmguard.synthesis.sample import Row
 from vlmguard.training.calibration import Calibration
-from vlmguard.training.models import Base, Method, load_base, lora
+from vlmguard.training.models import PACKAGED, Base, Method, load_base, lora
 from vlmguard.training.presets import PRESETS
 from vlmguard.training.prompts import Collator, Encoder, fitting, shown
 from vlmguard.training.rows import Rows, read
@@ -204,7 +204,7 @@ def check_folder(options: SFT) -> None:
     now = {name: value for name, value in options.told().items() if name != "resume"}
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        if note.exists():
+        if note.exists() and _begun(options.out):
             if not options.resume:
                 raise ConfigError(f"{options.out} holds a run already", "Go on with --resume, or give another --out.")
             before = json.loads(note.read_text("utf-8"))
@@ -214,6 +214,11 @@ def check_folder(options: SFT) -> None:
         note.write_text(json.dumps(now, indent=1))
     except OSError as error:
         raise ConfigError(f"{options.out} cannot be written: {error.strerror}", "Check the path.") from None
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run came to anything: one that failed before its first checkpoint is in nobody's way."""
+    return any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors"))
 
 
 def _fitted(options: SFT, ready: Prepared, say: Callable[[str], None]) -> tuple[Any, int, float, float, float]:
@@ -289,7 +294,7 @@ def arguments(options: SFT, rows: int) -> Any:
     import torch
     from trl import SFTConfig
 
-    cuda = torch.cuda.is_available()
+    cuda, whole = torch.cuda.is_available(), options.method == "full"
     a_step = options.batch_size * options.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     total = options.steps or max(1, int(options.epochs * rows / a_step))
     return SFTConfig(
@@ -298,12 +303,12 @@ def arguments(options: SFT, rows: int) -> Any:
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, total // 20),
+        warmup_steps=total // 20,  # the first of them has a rate of 0: a short run can spare none
         num_train_epochs=options.epochs,
         max_steps=options.steps or -1,
         seed=options.seed,
         data_seed=options.seed,
-        bf16=options.half and (cuda or options.method == "full"),  # else the weights are in it already
+        bf16=options.half and (cuda or whole),  # else the weights are in it already
         use_cpu=not cuda,
         activation_checkpointing=options.checkpointing,
         max_length=None,  # nothing is ever cut off (F100)
@@ -316,6 +321,8 @@ def arguments(options: SFT, rows: int) -> Any:
         logging_steps=max(1, total // 50),
         report_to="none",
         disable_tqdm=True,
+        # The language model's layers are used in every batch; what else may be trained, where there is a picture.
+        ddp_find_unused_parameters=None if whole or options.targets or options.base == PACKAGED else False,
         dataloader_pin_memory=cuda,
         dataloader_num_workers=min(WORKERS, os.cpu_count() or 1)
         if cuda
