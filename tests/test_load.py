@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from vlmguard import load
 from vlmguard.chat import Chat
 from vlmguard.errors import ConfigError, MissingExtra, ModelError
 from vlmguard.guards import GUARDS
+from vlmguard.rewriter.rewriter import Prompted
 from vlmguard.vlms import VLMS
 from vlmguard.vlms.endpoint import Endpoint
 from vlmguard.vlms.local import Local
@@ -50,6 +52,52 @@ def test_a_guard_of_ones_own(own: Path) -> None:
     factory = load.guard(f"{own}:MyGuard")
     assert factory(None).strength == 1.0  # type: ignore[attr-defined]
     assert load.guard(f"{own}:MyGuard") is factory
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"base": "x", "threshold": 0.5, "instructed": false}', "is damaged: KeyError"),
+        ('{"base": "x", "threshold": "low", "instructed": false, "format": 1}', "is damaged"),
+        ('{"base": "x", "threshold": NaN, "instructed": false, "format": 1}', "expected a probability"),
+        ('{"base": "x", "threshold": 7, "instructed": false, "format": 1}', "expected a probability, got 7"),
+        ('{"base": "x", "threshold": 0.5, "instructed": false, "format": 9}', "has format 9, this is 1"),
+    ],
+)
+def test_a_trained_rewriters_note_that_cannot_be_used_is_said(tmp_path: Path, told: str, problem: str) -> None:
+    (tmp_path / "rewriter.json").write_text(told)
+    for spec in (str(tmp_path), f"hf:base+{tmp_path}"):
+        with pytest.raises(ConfigError, match=problem):
+            load.rewriter(spec)
+
+
+def test_a_rewriter_whose_training_has_not_ended_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has not ended.*--resume"):
+        load.rewriter(str(tmp_path))
+
+
+def test_a_trained_rewriter_of_the_packaged_base_is_put_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"base": "packaged:base", "threshold": 0.25, "instructed": True, "format": 1}
+    (tmp_path / "rewriter.json").write_text(json.dumps(told))
+    (tmp_path / "adapter_config.json").touch()
+    loaded: list[tuple[str, str | None]] = []
+
+    def local(path: str, adapter: str | None) -> Scripted:
+        loaded.append((path, adapter))
+        return Scripted("safe")
+
+    monkeypatch.setattr("vlmguard.load._local", local)
+    monkeypatch.setattr("vlmguard.vlms.assemble.ensure", lambda report: Path("cached"))
+    made = load.rewriter(str(tmp_path))
+    assert isinstance(made, Prompted)
+    assert (made.threshold, made.instructed) == (0.25, True)
+    load.rewriter(f"hf:other/base+{tmp_path}")
+    (tmp_path / "adapter_config.json").unlink()
+    load.rewriter(str(tmp_path))
+    assert loaded == [("cached", str(tmp_path)), ("other/base", str(tmp_path)), (str(tmp_path), None)]
 
 
 def test_a_folder_and_its_hf_spelling(tmp_path_factory: pytest.TempPathFactory) -> None:

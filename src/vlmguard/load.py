@@ -93,6 +93,10 @@ def _trained(spec: str) -> Rewriter | None:
     base, _, adapter = spec.removeprefix("hf:").rpartition("+") if spec.startswith("hf:") else ("", "", spec)
     note = Path(adapter) / "rewriter.json"
     if not note.is_file():
+        if (Path(adapter) / "run.json").is_file():
+            raise ConfigError(
+                f"the training in {adapter} has not ended", "Go on with it: the same command and --resume."
+            )
         return None
     try:
         told = json.loads(note.read_text("utf-8"))

@@ -52,7 +52,9 @@ def options(place: Path, family: str, out: str, **given: Any) -> SFT:
 @pytest.fixture(scope="module")
 def trained(place: Path) -> SFT:
     given = options(place, "llava", "trained")
-    train_sft(given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlmguard.rewriter.rewriter.MAX_OUTPUT_TOKENS", 30)  # a random model never ends by itself
+        train_sft(given)
     return given
 
 

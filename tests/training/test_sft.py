@@ -36,6 +36,12 @@ pytestmark = pytest.mark.filterwarnings(
 QUICK = ("fast_vlm", "qwen2_vl")
 
 
+@pytest.fixture(autouse=True)
+def _short_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model never ends by itself."""
+    monkeypatch.setattr("vlmguard.rewriter.rewriter.MAX_OUTPUT_TOKENS", 30)
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> Callable[..., SFT]:
     def made(family: str = "llava", **given: Any) -> SFT:
