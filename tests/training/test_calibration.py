@@ -16,7 +16,7 @@ RISKS = st.lists(st.floats(0, 1), min_size=1, max_size=40)
 def test_at_most_the_stated_share_of_harmless_rows_is_flagged(risks: list[float], rate: float) -> None:
     found = calibrated(risks, [False] * len(risks), rate)
     flagged = sum(risk >= found.threshold for risk in risks)
-    assert flagged <= rate * len(risks) or found.threshold == 1.0
+    assert flagged <= rate * len(risks) + 1e-9 or found.threshold == 1.0
     assert found.auroc is None
     assert found.harmless == len(risks)
 
