@@ -70,6 +70,7 @@ def wait_for(path: Path, lines: int) -> None:
 
 
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(samples: Path, tmp_path: Path) -> None:
+    """F112: a run that took up recorded answers and gave other rows than a first one."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     done = CliRunner().invoke(app, command(samples, whole))
     assert done.exit_code == 0, done.output
