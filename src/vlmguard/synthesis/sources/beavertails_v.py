@@ -1,83 +1,90 @@
-"""BeaverTails-V (arXiv 2503.17682): PKU-Alignment/BeaverTails-V on the hub; one answer a row, labelled safe or not.
+"""BeaverTails-V (arXiv 2503.17682): questions about pictures in 20 classes of harm; answers that are labelled safe or not.
 
-Columns, by its card: question, image, category, image_severity, response, is_response_safe ("yes" or "no"), in folders by
-category. Rows of one question and picture that follow each other are put together: the first safe and the first unsafe answer make
-a sample.
+Layout: parquet, the pictures inside: data/CLASS/train.parquet and data/CLASS/evaluation.parquet. On
+saferlhf-v/BeaverTails-V a row has two answers: question, image, response_1, response_2, is_response_1_safe,
+is_response_2_safe, safer_response_id and more. On PKU-Alignment/BeaverTails-V it has one: response, is_response_safe (a
+text). Both are read; the first is the one on the hub here, since its answers need not be put together. The columns are
+known from the sets' cards and other people's code, the paths from such code alone. Not known: how the labels are spelled,
+and whether the answers to one request follow each other, as is taken here.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 from typing import Any, Final
 
 from vlmguard.errors import BadRequest
-from vlmguard.synthesis.sample import Answer, Malformed, Origin, Picture, Sample
+from vlmguard.synthesis.sample import Answer, Origin, Sample
 from vlmguard.synthesis.sources.pictures import Pictures
-from vlmguard.synthesis.sources.rows import Broken, rows
-from vlmguard.synthesis.sources.source import Source, Wanted, text
+from vlmguard.synthesis.sources.rows import Broken, Fields, Rows
+from vlmguard.synthesis.sources.source import Read, Source, Wanted, answer, text
+from vlmguard.synthesis.sources.tables import Table
 
-HUB: Final = "PKU-Alignment/BeaverTails-V"
-LICENCE: Final = "cc-by-nc-4.0"  # of its card
-COLUMNS: Final = ("question", "image", "response", "is_response_safe")
+HUB: Final = "saferlhf-v/BeaverTails-V"
+LICENCE: Final = "cc-by-nc-4.0"  # of the card of either
+NEEDED: Final = ("question", "image")
+ONE: Final = (("response", "is_response_safe"),)
+TWO: Final = (("response_1", "is_response_1_safe"), ("response_2", "is_response_2_safe"))
+OPTIONAL: Final = (*(column for pair in (*ONE, *TWO) for column in pair), "safer_response_id")
+LABELS: Final = {
+    **dict.fromkeys(("yes", "true", "safe", "1"), True),
+    **dict.fromkeys(("no", "false", "unsafe", "0"), False),
+}
 
 
 def beavertails_v(wanted: Wanted) -> Source:
-    files = wanted.files(HUB)
-    origin = files.origin(wanted.name, LICENCE)
-    split, names = files.split(wanted.split, ".parquet", ".jsonl")
+    """A safe and an unsafe answer to one question about one picture: the first of each, the safer and the less safe one
+    where the set tells. None where there is none of a kind."""
+    table = Table.of(wanted, HUB, ".parquet", ".jsonl")
 
-    def read() -> Iterator[Sample | Malformed]:
-        number = 0
-        for name in names:
-            with Pictures(files, name, split, wanted.images) as pictures:
-                open_group: _Group | None = None
-                for _, fields in rows(files, name, COLUMNS):
-                    row, number = f"{split}-{number}", number + 1
-                    try:
-                        if isinstance(fields, Broken):
-                            raise BadRequest(fields.reason)
-                        one = _group(row, fields, pictures)
-                    except BadRequest as error:
-                        yield Malformed(row, error.message)
-                        continue
-                    if open_group is not None and open_group.key == one.key:
-                        open_group.add(one)
-                        continue
-                    if open_group is not None:
-                        yield open_group.sample(origin)
-                    open_group = one
-                if open_group is not None:
-                    yield open_group.sample(origin)
+    def read(origin: Origin) -> Read:
+        def made(row: str, fields: Fields, pictures: Pictures) -> Read:
+            safe, unsafe = _pair(fields["rows"])
+            picture = pictures.of(fields.get("image"), f"{row}.image")
+            yield Sample(row, (picture,), text(fields, "question"), replace(origin, row=row), safe, unsafe)
 
-    return Source(origin, bool(files.gated), read)
+        return table.read(made, NEEDED, OPTIONAL, grouped=_requests)
+
+    return table.source(LICENCE, read)
 
 
-@dataclass
-class _Group:
-    """Answers to one question about one picture."""
+def _requests(found: Rows) -> Rows:
+    """The rows that follow each other with one question and picture as one, which holds them all as "rows"."""
 
-    row: str
-    key: tuple[str, str]
-    picture: Picture
-    safe: str | None = None
-    unsafe: str | None = None
+    def request(numbered: tuple[int, Fields | Broken]) -> Any:
+        number, fields = numbered
+        if isinstance(fields, Broken) or "response" not in fields:
+            return number
+        return fields.get("question"), fields.get("image")
 
-    def add(self, other: _Group) -> None:
-        self.safe, self.unsafe = self.safe or other.safe, self.unsafe or other.unsafe
+    for _, group in groupby(found, request):
+        (number, first), *others = group
+        if isinstance(first, Broken):
+            yield number, first
+        else:
+            yield number, {**first, "rows": [first, *(fields for _, fields in others)]}
 
-    def sample(self, origin: Origin) -> Sample:
-        safe, unsafe = (Answer(said) if said else None for said in (self.safe, self.unsafe))
-        return Sample(self.row, (self.picture,), self.key[0], replace(origin, row=self.row), safe, unsafe)
+
+def _pair(group: list[Fields]) -> tuple[Answer | None, Answer | None]:
+    """The first safe and the first unsafe answer of all. Raises BadRequest."""
+    safer = [one for fields in group for one in _answers(fields)]
+    less_safe = [one for fields in group for one in reversed(list(_answers(fields)))]
+    safe = next((given for given, is_safe in safer if is_safe), None)
+    unsafe = next((given for given, is_safe in less_safe if not is_safe), None)
+    return safe, unsafe
 
 
-def _group(row: str, fields: Mapping[str, Any], pictures: Pictures) -> _Group:
-    question, said = text(fields, "question"), text(fields, "response")
-    label = str(fields.get("is_response_safe")).strip().lower()
-    if label not in ("yes", "no", "true", "false"):
-        raise BadRequest("its label is neither yes nor no")
-    picture = pictures.of(fields.get("image"), f"{row}.image")
-    key = question, hashlib.sha256(picture.read()).hexdigest()
-    is_safe = label in ("yes", "true")
-    return _Group(row, key, picture, said if is_safe else None, None if is_safe else said)
+def _answers(fields: Fields) -> Iterator[tuple[Answer, bool]]:
+    """A row's answers and whether each is safe, the safer one first. Raises BadRequest."""
+    columns = ONE if "response" in fields else TWO
+    if str(fields.get("safer_response_id")) == "2":
+        columns = columns[::-1]
+    for column, label in columns:
+        given = answer(fields, column)
+        if given is not None:
+            safe = LABELS.get(str(fields.get(label)).strip().lower())
+            if safe is None:
+                raise BadRequest(f"its label {label} is neither yes nor no")
+            yield given, safe

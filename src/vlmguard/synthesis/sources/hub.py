@@ -80,3 +80,8 @@ def _explained(repository: str, name: str, revision: str | None) -> Iterator[Non
     except (LocalEntryNotFoundError, HTTPError) as error:
         remedy = f"Check the connection, or {copy}."
         raise ConfigError(f"{repository} cannot be fetched from {constants.ENDPOINT}", remedy) from error
+    except OSError as error:
+        remedy = "Make room there, or set HF_HOME to another folder."
+        raise ConfigError(
+            f"{repository} cannot be kept in {constants.HF_HUB_CACHE}: {error.strerror}", remedy
+        ) from error

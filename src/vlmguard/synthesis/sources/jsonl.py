@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Final
 
 from vlmguard.chat import Message
@@ -19,8 +18,8 @@ from vlmguard.strict_json import unexpected
 from vlmguard.synthesis.sample import Malformed, Origin, Picture, Sample
 from vlmguard.synthesis.sources.files import in_folder
 from vlmguard.synthesis.sources.pictures import Pictures
-from vlmguard.synthesis.sources.rows import Fields, rows
-from vlmguard.synthesis.sources.source import Source, Wanted, answer, each
+from vlmguard.synthesis.sources.rows import Broken, Fields, rows
+from vlmguard.synthesis.sources.source import Read, Source, Wanted, answer, text
 
 FIELDS: Final = frozenset(
     (
@@ -28,26 +27,43 @@ FIELDS: Final = frozenset(
         *("language", "category"),  # which others may keep beside, and which are not read
     )
 )
+LONGEST_ID: Final = 200  # characters
 
 
 def jsonl(wanted: Wanted) -> Source:
     """Raises ConfigError where the file is missing, empty, or no text in UTF-8."""
     if wanted.path is None or not wanted.path.is_file():
         raise ConfigError(f"{wanted.path or 'jsonl'} is no file", "Give a file of JSON lines: FILE.jsonl.")
+    if wanted.split is not None:
+        raise ConfigError(f"{wanted.path} has no splits", "Leave the split out.")
     files = in_folder(wanted.path, wanted.revision)
     origin = Origin(wanted.path.name, files.licence or "unknown", files.revision)
 
-    def read() -> Iterator[Sample | Malformed]:
+    def read() -> Read:
         with Pictures(files, files.names[0], "", wanted.images) as pictures:
-            numbered = ((_name(number, fields), fields) for number, fields in rows(files, files.names[0]))
-            yield from each(numbered, lambda name, fields: _sample(name, fields, pictures, origin))
+            for number, fields in rows(files, files.names[0]):
+                name = str(number)
+                try:
+                    if isinstance(fields, Broken):
+                        raise BadRequest(fields.reason)
+                    name = _name(fields, name)
+                    yield _sample(name, fields, pictures, origin)
+                except BadRequest as error:
+                    yield Malformed(name, error.message)
 
     return Source(origin, False, read)
 
 
-def _name(number: int, fields: object) -> str:
-    own = fields.get("id") if isinstance(fields, Mapping) else None
-    return str(own) if isinstance(own, str | int) and not isinstance(own, bool) and own != "" else str(number)
+def _name(fields: Fields, number: str) -> str:
+    """The row's own id, else its line's number. Raises BadRequest."""
+    own = fields.get("id")
+    if own is None:
+        return number
+    if isinstance(own, bool) or not isinstance(own, str | int):
+        raise unexpected("a text or a number", own, "id")
+    if not str(own).strip() or not str(own).isprintable() or len(str(own)) > LONGEST_ID:
+        raise BadRequest(f"id: expected 1 to {LONGEST_ID} characters on one line")
+    return str(own)
 
 
 def _sample(name: str, fields: Fields, pictures: Pictures, origin: Origin) -> Sample:
@@ -62,10 +78,13 @@ def _sample(name: str, fields: Fields, pictures: Pictures, origin: Origin) -> Sa
     benign = fields.get("benign", False)
     if not isinstance(benign, bool):
         raise unexpected("true or false", benign, "benign")
-    named = {key: fields[key] for key in ("source", "licence") if isinstance(fields.get(key), str)}
-    own = replace(origin, name=named.get("source", origin.name), licence=named.get("licence", origin.licence), row=name)
+    own = Origin(_own(fields, "source", origin.name), _own(fields, "licence", origin.licence), origin.revision, name)
     safe, unsafe = answer(fields, "safe"), answer(fields, "unsafe")
     return Sample(name, found, prompt, own, safe, unsafe, _history(fields), benign)
+
+
+def _own(fields: Fields, key: str, other: str) -> str:
+    return other if fields.get(key) is None else text(fields, key)
 
 
 def _pictures(name: str, fields: Fields, pictures: Pictures) -> tuple[Picture, ...]:

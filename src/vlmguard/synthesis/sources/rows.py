@@ -20,9 +20,11 @@ Fields: TypeAlias = Mapping[str, Any]
 
 LONGEST_ROW: Final = 64 * 2**20  # bytes of JSON: two pictures of the largest size as data URIs
 READ_CHARACTERS: Final = 2**20
+END_BYTES: Final = 2**12  # in which a whole JSON array shows its end
 BATCH_ROWS: Final = 8  # each may hold a picture of megabytes
-BUFFER_BYTES: Final = 2**20  # read ahead of a column; without it a row group's pictures are read at once
+BUFFER_BYTES: Final = 2**20  # read ahead of a column
 BOM: Final = b"\xef\xbb\xbf"
+BLANKS: Final = re.compile(r"[ \t\r\n]*")
 UTF_16: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -50,7 +52,7 @@ def rows(files: Files, name: str, needed: Collection[str] = (), optional: Collec
     try:
         with path.open("rb") as file:
             start = file.read(4)
-            file.seek(max(0, path.stat().st_size - READ_CHARACTERS))
+            file.seek(max(0, path.stat().st_size - END_BYTES))
             end = file.read().rstrip()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", "Check the path and its permissions.") from error
@@ -75,7 +77,8 @@ def _of_parquet(path: Path, needed: Collection[str], optional: Collection[str]) 
         raise missing_extra("pyarrow", "synthesis") from error
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+        # Read ahead, or without a buffer, all pictures of a row group would be in memory; so it is a page of them.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             if lacking := [column for column in needed if column not in columns]:
                 got = ", ".join(columns)
@@ -131,7 +134,7 @@ class _Array:
     def _next(self) -> str:
         """The next character that is no blank, "" at the end of the file."""
         while True:
-            blanks = _BLANKS.match(self.text, self.at)
+            blanks = BLANKS.match(self.text, self.at)
             self.at = blanks.end() if blanks else self.at
             if self.at < len(self.text) or not self._more():
                 return self.text[self.at : self.at + 1]
@@ -162,9 +165,6 @@ class _Array:
         new = self.file.read(max(READ_CHARACTERS, len(self.text) - self.at))
         self.text, self.at = self.text[self.at :] + new, 0
         return bool(new)
-
-
-_BLANKS: Final = re.compile(r"[ \t\r\n]*")
 
 
 def _of_lines(path: Path) -> Rows:

@@ -11,7 +11,6 @@ from vlmguard.errors import BadRequest
 from vlmguard.strict_json import unexpected
 from vlmguard.synthesis.sample import Answer, Malformed, Origin, Sample
 from vlmguard.synthesis.sources.files import Files, in_folder
-from vlmguard.synthesis.sources.rows import Broken, Fields
 
 Read: TypeAlias = Iterator[Sample | Malformed]
 
@@ -81,15 +80,6 @@ class Wanted:
         from vlmguard.synthesis.sources.hub import on_hub
 
         return on_hub(hub, self.name, self.revision)
-
-
-def each(rows: Iterator[tuple[str, Fields | Broken]], made: Callable[[str, Fields], Sample]) -> Read:
-    """One sample a row: what `made` gives for its id and fields, or Malformed where it raises BadRequest."""
-    for row, fields in rows:
-        try:
-            yield Malformed(row, fields.reason) if isinstance(fields, Broken) else made(row, fields)
-        except BadRequest as error:
-            yield Malformed(row, error.message)
 
 
 def text(fields: Mapping[str, Any], key: str) -> str:

@@ -1,75 +1,67 @@
-"""VLGuard (arXiv 2402.02207): ys-zong/VLGuard on the hub, gated; train.json and test.json, pictures in archives or folders.
+"""VLGuard (arXiv 2402.02207): ys-zong/VLGuard on the hub, gated; 3,000 pictures, safe and unsafe, with instructions of both kinds.
 
-Fields, as its test.json has them: id, image, safe, and "instr-resp", a list. A safe picture has a safe_instruction and an
-unsafe_instruction, each with a response; an unsafe picture one instruction with a response. Every response is a safe answer; there
-are no unsafe ones. A safe instruction about a safe picture is a harmless request.
+Layout: train.json and test.json, arrays of {id, image, safe, instr-resp: [...]}. A safe picture's instr-resp holds
+{safe_instruction, response} and {unsafe_instruction, response}; an unsafe one's {instruction, response}, with harmful_category
+beside it. Pictures in train.zip and test.zip, by paths such as bad_ads/NAME.png. The JSON is known from the authors' own
+repository, gating and licence from a copy of the set's card, the inside of the archives from how their code names the folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from vlmguard.errors import BadRequest
 from vlmguard.strict_json import unexpected
-from vlmguard.synthesis.sample import Malformed, Origin, Sample
+from vlmguard.synthesis.sample import Malformed, Origin, Picture, Sample
 from vlmguard.synthesis.sources.pictures import Pictures
-from vlmguard.synthesis.sources.rows import Broken, Fields, rows
-from vlmguard.synthesis.sources.source import Source, Wanted, answer, text
+from vlmguard.synthesis.sources.rows import Fields
+from vlmguard.synthesis.sources.source import Read, Source, Wanted, answer, text
+from vlmguard.synthesis.sources.tables import Table
 
 HUB: Final = "ys-zong/VLGuard"
-LICENCE: Final = "mit"  # of its card on the hub; its repository names none
-KINDS: Final = {
-    "safe_instruction": True,
-    "unsafe_instruction": False,
-    "instruction": False,
-}  # whether they are harmless
+LICENCE: Final = "mit"  # of its card; the repository with the same files names none
+KINDS: Final = ("safe_instruction", "unsafe_instruction", "instruction")
 
 
 def vlguard(wanted: Wanted) -> Source:
-    files = wanted.files(HUB)
-    origin = files.origin(wanted.name, LICENCE)
-    split, names = files.split(wanted.split, ".json", ".jsonl")
+    """A safe instruction about a safe picture is benign. The set's answers are the safe ones; it has no unsafe ones."""
+    table = Table.of(wanted, HUB, ".json", ".jsonl")
 
-    def read() -> Iterator[Sample | Malformed]:
-        for name in names:
-            with Pictures(files, name, split, wanted.images) as pictures:
-                for number, fields in rows(files, name):
-                    yield from _samples(f"{split}-{number}", fields, pictures, origin)
+    def read(origin: Origin) -> Read:
+        def made(_: str, fields: Fields, pictures: Pictures) -> Read:
+            return _samples(f"{table.split}-{text(fields, 'id')}", fields, pictures, origin)
 
-    return Source(origin, files.gated is not False, read)
+        return table.read(made)
+
+    return table.source(LICENCE, read, gated=True)
 
 
-def _samples(row: str, fields: Fields | Broken, pictures: Pictures, origin: Origin) -> Iterator[Sample | Malformed]:
-    if isinstance(fields, Broken):
-        yield Malformed(row, fields.reason)
-        return
-    own = fields.get("id")
-    name = f"{row}-{own}" if isinstance(own, str | int) else row
-    pairs = fields.get("instr-resp")
-    if not isinstance(pairs, list) or not pairs:
-        yield Malformed(name, "it has no instructions")
-        return
-    for number, pair in enumerate(pairs):
-        part = f"{name}-{number}"
+def _samples(row: str, fields: Fields, pictures: Pictures, origin: Origin) -> Read:
+    """One for each instruction about a picture; one that is malformed leaves the others."""
+    safe, told = fields.get("safe"), fields.get("instr-resp")
+    if not isinstance(safe, bool):
+        raise unexpected("true or false", safe, "safe")
+    if not isinstance(told, list) or not told:
+        raise unexpected("an array of one instruction or more", told, "instr-resp")
+    picture = pictures.of(fields.get("image"), f"{row}.image")
+    for number, one in enumerate(told):
+        name = f"{row}-{number}"
         try:
-            yield _sample(part, pair, fields, pictures, origin)
+            yield _sample(name, one, safe, picture, origin)
         except BadRequest as error:
-            yield Malformed(part, error.message)
+            yield Malformed(name, error.message)
 
 
-def _sample(name: str, pair: Any, fields: Fields, pictures: Pictures, origin: Origin) -> Sample:
-    if not isinstance(pair, Mapping):
-        raise unexpected("an object", pair, "instr-resp")
-    kind = next((one for one in KINDS if one in pair), None)
-    if kind is None:
-        raise BadRequest("an instruction of it is missing")
-    return Sample(
-        name,
-        (pictures.of(fields.get("image"), name),),
-        text(pair, kind),
-        replace(origin, row=name),
-        answer(pair, "response"),
-        benign=KINDS[kind] and fields.get("safe") is True,
-    )
+def _sample(name: str, told: object, safe: bool, picture: Picture, origin: Origin) -> Sample:
+    if not isinstance(told, Mapping):
+        raise unexpected("an object", told, "instr-resp")
+    kinds = [kind for kind in KINDS if kind in told]
+    if len(kinds) != 1:
+        raise BadRequest(f"instr-resp: expected one of {', '.join(KINDS)}, got {' and '.join(kinds) or 'none'}")
+    kind = kinds[0]
+    if safe == (kind == "instruction"):
+        raise BadRequest(f"a picture that is {'safe' if safe else 'unsafe'} has a field {kind}")
+    prompt, benign = text(told, kind), kind == "safe_instruction"
+    return Sample(name, (picture,), prompt, replace(origin, row=name), answer(told, "response"), benign=benign)
