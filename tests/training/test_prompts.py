@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from tests import tiny
 from tests.training.datasets import dataset
-from vlmguard.errors import RewriteUnreadable
-from vlmguard.rewriter.rewriter import Prompted, question
+from vlmguard.errors import ConfigError, RewriteUnreadable
+from vlmguard.rewriter.rewriter import MAX_OUTPUT_TOKENS, Prompted, question
 from vlmguard.synthesis.sample import Row
 from vlmguard.training.prompts import IGNORED, Collator, Encoder, around_answer, batch, fitting, shown
 from vlmguard.training.rows import Rows, read
@@ -116,3 +117,66 @@ def test_special_tokens_in_a_row_are_data(rows: Rows) -> None:
     assert ids.count(ends) == plain.count(ends)
     assert encoder.output(row).count(ends) == 1
     assert question(rows.chat(row), instructed=False).images == ()
+
+
+def test_an_output_longer_than_the_guard_reads_is_left_out(rows: Rows) -> None:
+    model, processor = tiny.build("llava")
+    encoder = Encoder.of(Engine(model, processor, "llava"), instructed=False)
+    row = next(row for row in rows.rows if row.risky)
+    endless = replace(row, output=row.output + " and again" * MAX_OUTPUT_TOKENS)
+    fit = fitting(encoder, rows, [row, endless], None)
+    assert fit.rows == [row]
+    assert fit.dropped == {f"its output has more than {MAX_OUTPUT_TOKENS} tokens, where the guard stops reading": 1}
+
+
+def test_rows_that_no_model_could_take_are_left_out_with_reasons(rows: Rows, tmp_path: Path) -> None:
+    model, processor = tiny.build("llava")
+    encoder = Encoder.of(Engine(model, processor, "llava"), instructed=False)
+    row = rows.rows[1]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    broken = replace(row, images=({"path": "broken.png"},))
+    gone = replace(row, images=({"path": "gone.png"},))
+    endless = replace(row, prompt="again " * tiny.CONTEXT)
+    odd = replace(row, history=({"role": "user", "content": "Hi", "images": ["a"]},))
+    fit = fitting(encoder, rows, [row, broken, gone, endless, odd], None)
+    assert fit.rows == [row]
+    assert fit.dropped == {
+        "a picture of it cannot be read": 2,
+        "it is longer than the model takes": 1,
+        'messages[0] has images beside "content"': 1,
+    }
+
+
+def test_an_answer_is_written_as_the_template_writes_it(rows: Rows) -> None:
+    """With the space that some templates put before an assistant's words (Idefics, SmolVLM, LLaVA)."""
+    model, processor = tiny.build("llava")
+    processor.chat_template = (
+        "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    encoder = Encoder.of(Engine(model, processor, "llava"), instructed=False)
+    row = rows.rows[0]
+    prompt = encoder.prompt(rows, row).tensors["input_ids"][0].tolist()
+    text = processor.tokenizer.decode([*prompt, *encoder.output(row)])
+    assert text.endswith(f"ASSISTANT: {row.output}<|im_end|>")
+    assert encoder.output(row) == [
+        *processor.tokenizer(f" {row.output}", add_special_tokens=False)["input_ids"],
+        processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    ]
+
+
+def test_a_template_without_an_end_of_turn_ends_the_sequence() -> None:
+    processor = tiny.build("llava")[1]
+    processor.chat_template = processor.chat_template.replace("{{ '<|im_end|>\n' }}", "{{ ' ' }}")
+    assert "im_end" not in processor.chat_template
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    assert around_answer(processor) == ("", processor.tokenizer.eos_token_id)
+
+
+def test_an_end_of_turn_that_does_not_stop_the_model_is_said() -> None:
+    model, processor = tiny.build("llava")
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    with pytest.raises(ConfigError, match=r"ends a turn with '<\|im_end\|>', which does not stop"):
+        Encoder.of(Engine(model, processor, "llava"), instructed=False)
